@@ -1,0 +1,56 @@
+"""All adapters' pages on the device: one pool for each module and padded rank in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from runtime.adapters.host_adapter import HostAdapter
+from runtime.adapters.page_pool import HostPages, PagePool
+
+
+class DevicePages:
+    """Pools of the dense modules by name and of the routed experts by layer; empty pools do not exist."""
+
+    def __init__(self, num_experts: int, max_slots: int, device: torch.device) -> None:
+        self.linears: dict[str, dict[int, PagePool]] = {}
+        self.experts: dict[int, dict[int, PagePool]] = {}
+        self.max_slots = max_slots
+        self._num_experts = num_experts
+        self._device = device
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(pool.num_bytes for pools in self._groups() for pool in pools.values())
+
+    def install(self, slot: int, adapter: HostAdapter) -> Iterator[None]:
+        """Copy an adapter to the device, yielding after each layer so that steps can run in between.
+
+        No row of a batch may use the slot before the iterator is exhausted.
+        """
+        for layer, by_rank in adapter.experts.items():
+            for pages in by_rank:
+                self._insert(self.experts.setdefault(layer, {}), slot, pages, self._num_experts)
+            yield
+        for name, pages in adapter.linears.items():
+            self._insert(self.linears.setdefault(name, {}), slot, pages, 1)
+        yield
+
+    def remove(self, slot: int) -> None:
+        """Free every page of a slot."""
+        for pools in self._groups():
+            for rank, pool in list(pools.items()):
+                if slot in pool.slots:
+                    pool.remove(slot)
+                if not pool.slots:
+                    del pools[rank]
+
+    def _insert(self, pools: dict[int, PagePool], slot: int, pages: HostPages, num_regions: int) -> None:
+        if pages.lora_rank not in pools:
+            pools[pages.lora_rank] = PagePool(pages, num_regions, self.max_slots, self._device)
+        pools[pages.lora_rank].insert(slot, pages)
+
+    def _groups(self) -> list[dict[int, PagePool]]:
+        return [*self.linears.values(), *self.experts.values()]

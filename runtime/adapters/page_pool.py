@@ -1,0 +1,83 @@
+"""Device memory for LoRA factors: pages ordered by region, so that one group list over them serves all adapters.
+
+A region is an expert (or the only region of a dense module); a page holds one adapter's factors for one region.
+There are no pages for what an adapter leaves alone: the table maps it to -1 and its rows are never multiplied, so
+storage is exact. Pages ascend by (region, slot), which is the order in which the batch sorts its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NO_PAGE = -1
+
+
+@dataclass(frozen=True)
+class HostPages:
+    """An adapter's pages for one pool in host memory: `factors[name]` is [len(regions), rows, columns]."""
+
+    lora_rank: int
+    regions: list[int]
+    factors: Mapping[str, Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all factors."""
+        return sum(tensor.nbytes for tensor in self.factors.values())
+
+
+class PagePool:
+    """All pages of one module and one padded rank. `table[slot + 1, region]` is a page or -1; row 0 is the base."""
+
+    def __init__(
+        self, like: HostPages, num_regions: int, max_slots: int, device: torch.device
+    ) -> None:
+        self.device = device
+        self.lora_rank = like.lora_rank
+        self.factors = {
+            name: tensor.new_empty((0, *tensor.shape[1:]), device=device) for name, tensor in like.factors.items()
+        }
+        self.table = torch.full((max_slots + 1, num_regions), NO_PAGE, dtype=torch.int64, device=device)
+        self.slots: frozenset[int] = frozenset()
+        self._owners: list[tuple[int, int]] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all pages on the device."""
+        return sum(tensor.nbytes for tensor in self.factors.values())
+
+    def insert(self, slot: int, pages: HostPages) -> None:
+        """Add a slot's pages. The pool is rebuilt, so it holds exactly its pages and stays ordered."""
+        added = [(region, slot) for region in pages.regions]
+        position = {owner: page for page, owner in enumerate(sorted(self._owners + added))}
+        old_index = self._index(position[owner] for owner in self._owners)
+        new_index = self._index(position[owner] for owner in added)
+        for name, old in self.factors.items():
+            grown = old.new_empty((len(position), *old.shape[1:]))
+            grown[old_index] = old
+            grown[new_index] = pages.factors[name].to(self.device)
+            self.factors[name] = grown
+        self._set_owners(list(position))
+
+    def remove(self, slot: int) -> None:
+        """Drop a slot's pages and give their memory back."""
+        kept = [page for page, owner in enumerate(self._owners) if owner[1] != slot]
+        index = self._index(kept)
+        for name, old in self.factors.items():
+            self.factors[name] = old[index]
+        self._set_owners([self._owners[page] for page in kept])
+
+    def _index(self, pages: object) -> Tensor:
+        return torch.tensor(list(pages), dtype=torch.int64, device=self.device)  # type: ignore[call-overload]
+
+    def _set_owners(self, owners: list[tuple[int, int]]) -> None:
+        self._owners = owners
+        self.slots = frozenset(slot for _, slot in owners)
+        self.table.fill_(NO_PAGE)
+        if owners:
+            regions, slots = torch.tensor(owners, device=self.device).unbind(1)
+            self.table[slots + 1, regions] = torch.arange(len(owners), device=self.device)

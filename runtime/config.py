@@ -1,0 +1,77 @@
+"""Settings of the engine and of the server: frozen, checked in one place, built by the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DEVICES = ("cpu", "cuda", "npu")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine process needs. Zero means "choose from the model" for `max_model_len` and `kv_cache_tokens`."""
+
+    model_path: Path
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_model_len: int = 0
+    kv_cache_tokens: int = 0
+    kv_block_tokens: int = 16
+    max_batch_tokens: int = 512
+    max_batch_size: int = 64
+    max_waiting_requests: int = 1024
+    adapter_memory_gib: float = 1.0
+    max_adapters: int = 64
+    max_lora_rank: int = 128
+
+    def validate(self) -> None:
+        """Raise ValueError naming the field, its value and the allowed range."""
+        _require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
+        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        _require(self.model_path.is_dir(), "model", str(self.model_path), "an existing directory")
+        _require(self.max_model_len >= 0, "max_model_len", self.max_model_len, ">= 0 (0: the model's own)")
+        _require(self.kv_cache_tokens >= 0, "kv_cache_tokens", self.kv_cache_tokens, ">= 0 (0: chosen)")
+        _require(1 <= self.kv_block_tokens <= 1024, "kv_block_tokens", self.kv_block_tokens, "1..1024")
+        _require(self.max_batch_tokens >= 1, "max_batch_tokens", self.max_batch_tokens, ">= 1")
+        _require(1 <= self.max_batch_size <= self.max_batch_tokens, "max_batch_size", self.max_batch_size,
+                 f"1..max_batch_tokens ({self.max_batch_tokens})")
+        _require(self.max_waiting_requests >= 1, "max_waiting_requests", self.max_waiting_requests, ">= 1")
+        _require(self.adapter_memory_gib > 0, "adapter_memory_gib", self.adapter_memory_gib, "> 0")
+        _require(1 <= self.max_adapters <= 10_000, "max_adapters", self.max_adapters, "1..10000")
+        _require(1 <= self.max_lora_rank <= 512, "max_lora_rank", self.max_lora_rank, "1..512")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What the front-end process needs; ports may be 0 for any free one."""
+
+    engine: EngineConfig
+    host: str = "127.0.0.1"
+    grpc_port: int = 8033
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 8034
+    http_port: int = 8035
+    adapters_root: Path | None = None
+    adapters: dict[str, Path] = field(default_factory=dict)
+    max_new_tokens_limit: int = 1024
+    default_max_new_tokens: int = 20
+    drain_timeout_seconds: float = 60.0
+    max_receive_bytes: int = 16 * 2**20
+
+    def validate(self) -> None:
+        """Raise ValueError naming the field, its value and the allowed range."""
+        self.engine.validate()
+        for name in ("grpc_port", "admin_port", "http_port"):
+            _require(0 <= getattr(self, name) <= 65535, name, getattr(self, name), "0..65535")
+        if self.adapters_root is not None:
+            _require(self.adapters_root.is_dir(), "adapters_root", str(self.adapters_root), "an existing directory")
+        _require(1 <= self.default_max_new_tokens <= self.max_new_tokens_limit, "default_max_new_tokens",
+                 self.default_max_new_tokens, f"1..max_new_tokens_limit ({self.max_new_tokens_limit})")
+        _require(self.drain_timeout_seconds >= 0, "drain_timeout_seconds", self.drain_timeout_seconds, ">= 0")
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} = {value!r} is out of range: {allowed}")

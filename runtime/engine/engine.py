@@ -1,0 +1,236 @@
+"""The engine: one base model, many adapters, continuous batching. Start reading at `Engine.step`."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from runtime.adapters.info import AdapterInfo
+from runtime.adapters.registry import AdapterRecord
+from runtime.config import EngineConfig
+from runtime.engine.batch import Batch
+from runtime.engine.messages import (
+    AdapterReply,
+    AddRequest,
+    CallFailed,
+    CallId,
+    CancelRequest,
+    Command,
+    EngineStats,
+    Event,
+    FinishReason,
+    ListAdapters,
+    LoadAdapter,
+    RequestFailed,
+    RequestId,
+    SequenceOutput,
+    Shutdown,
+    StepOutputs,
+    UnloadAdapter,
+)
+from runtime.engine.sampler import SampledToken
+from runtime.engine.sequence import Sequence
+from runtime.engine.start import start
+from runtime.errors import ErrorKind, Exhausted, GraftError, InvalidRequest, NotFound
+
+
+class Engine:
+    """Commands come in through `submit`, from any thread; `step` runs in one thread and returns what happened."""
+
+    def __init__(self, config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> None:
+        """Load the base and warm up. Raises ValueError or CheckpointError with what is wrong and where."""
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._wake = threading.Event()
+        parts = start(config, self._wake.set, progress)
+        self.config = config
+        self.ready = parts.ready
+        self.scheduler = parts.scheduler
+        self.runner = parts.runner
+        self.adapters = parts.adapters
+        self.sampler = parts.sampler
+        self.is_stopping = False
+        self._events: list[Event] = []
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+
+    def submit(self, command: Command) -> None:
+        """Hand over a command; it takes effect before the next step."""
+        self._inbox.put(command)
+        self._wake.set()
+
+    def has_work(self) -> bool:
+        """Whether `step` would do anything now."""
+        if self.scheduler.can_run() or not self._inbox.empty() or self.adapters.is_installing:
+            return True
+        return any(_is_due(sequence) for sequence in self.scheduler.waiting)
+
+    def wait_for_work(self, timeout_seconds: float) -> bool:
+        """Sleep until a command or a loaded file arrives, or the time is over; tells whether there is work."""
+        self._wake.wait(timeout_seconds)
+        self._wake.clear()
+        return self.has_work()
+
+    def step(self) -> list[Event]:
+        """One step: take commands, let loaded adapters in, pick a batch, run it, account for its tokens."""
+        self._drain_inbox()
+        self.adapters.advance(whole=not self.scheduler.running)
+        self._end_overdue()
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            logits = self.runner.run(batch)
+            tokens = self.sampler.sample(logits, self._sampling_sequences(batch))
+            self._finish_step(batch, tokens)
+        events, self._events = self._events, []
+        return events
+
+    def close(self) -> None:
+        """Stop the threads of the engine."""
+        self.adapters.close()
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges of this moment."""
+        blocks = self.scheduler.blocks
+        ready = [info for info in self.adapters.infos() if info.slot >= 0]
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_tokens_used=(blocks.num_blocks - blocks.num_free) * blocks.block_tokens,
+            kv_tokens_total=blocks.num_blocks * blocks.block_tokens,
+            preemptions=self.scheduler.num_preemptions,
+            steps=self._num_steps,
+            prompt_tokens=self._num_prompt_tokens,
+            adapters_resident=len(ready),
+            adapter_device_bytes=self.adapters.pages.num_bytes,
+            adapter_host_bytes=sum(info.host_bytes for info in ready),
+        )
+
+    def _drain_inbox(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                self._take(self._inbox.get_nowait())
+
+    def _take(self, command: Command) -> None:
+        match command:
+            case AddRequest():
+                self._add(command)
+            case CancelRequest():
+                sequence = self.scheduler.find(command.request_id)
+                if sequence is not None:
+                    self._end(sequence)
+            case LoadAdapter():
+                reply = self._replier(command.call_id)
+                self.adapters.load(command.name, command.path, command.expected_digest, reply)
+            case UnloadAdapter():
+                self._unload(command)
+            case ListAdapters():
+                self._list(command)
+            case Shutdown():
+                self.is_stopping = True
+
+    def _add(self, request: AddRequest) -> None:
+        adapter: AdapterRecord | None = None
+        try:
+            self._check(request)
+            if request.adapter is not None:
+                adapter = self.adapters.acquire(request.adapter)
+        except GraftError as error:
+            self._fail(request.request_id, error)
+            return
+        self._num_prompt_tokens += len(request.prompt_ids)
+        self.scheduler.add(Sequence.from_request(request, adapter))
+
+    def _check(self, request: AddRequest) -> None:
+        """The engine's own bounds; front-ends check the rest, and these too, with the client's field names."""
+        length, limit = len(request.prompt_ids), self.ready.max_model_len
+        if not 1 <= length < limit:
+            message = f"the prompt has {length} tokens; this server takes 1 to {limit - 1}"
+            raise InvalidRequest(message, reason="PROMPT_LENGTH", field="text")
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.ready.vocab_size:
+            raise InvalidRequest(
+                f"token ids must be 0..{self.ready.vocab_size - 1}", reason="TOKEN_ID_RANGE", field="text"
+            )
+        if len(self.scheduler.waiting) >= self.config.max_waiting_requests:
+            message = f"{len(self.scheduler.waiting)} requests are waiting, the most that may: retry later"
+            raise Exhausted(message, reason="QUEUE_FULL", retry_seconds=1.0)
+
+    def _unload(self, command: UnloadAdapter) -> None:
+        reply = self._replier(command.call_id)
+
+        def reply_unless_missing(answer: AdapterInfo | GraftError) -> None:
+            if isinstance(answer, NotFound) and command.allow_missing:
+                self._events.append(AdapterReply(command.call_id, []))
+            else:
+                reply(answer)
+
+        self.adapters.unload(command.name, reply_unless_missing)
+
+    def _list(self, command: ListAdapters) -> None:
+        try:
+            infos = [self.adapters.info(command.name)] if command.name else self.adapters.infos()
+            self._events.append(AdapterReply(command.call_id, infos))
+        except GraftError as error:
+            self._replier(command.call_id)(error)
+
+    def _replier(self, call_id: CallId) -> Callable[[AdapterInfo | GraftError], None]:
+        def reply(answer: AdapterInfo | GraftError) -> None:
+            if isinstance(answer, AdapterInfo):
+                self._events.append(AdapterReply(call_id, [answer]))
+            else:
+                failed = CallFailed(
+                    call_id, answer.kind, answer.message, answer.reason, answer.field, list(answer.problems)
+                )
+                self._events.append(failed)
+
+        return reply
+
+    def _end_overdue(self) -> None:
+        """End what cannot go on: deadlines that passed, adapters whose load failed."""
+        outputs = []
+        for sequence in self.scheduler.sequences():
+            if _is_due(sequence):
+                self._end(sequence)
+                outputs.append(SequenceOutput(sequence.request_id, finish_reason=FinishReason.DEADLINE))
+            elif sequence.lost_adapter:
+                self._end(sequence)
+                message = "the adapter that this request waited for could not be loaded"
+                self._fail(sequence.request_id, NotFound(message, reason="ADAPTER_NOT_FOUND", field="adapter_id"))
+        if outputs:
+            self._events.append(StepOutputs(outputs, self.stats()))
+
+    def _sampling_sequences(self, batch: Batch) -> list[Sequence]:
+        by_id = {sequence.request_id: sequence for sequence in self.scheduler.running}
+        return [by_id[chunk.request_id] for chunk in batch.chunks if chunk.samples]
+
+    def _finish_step(self, batch: Batch, tokens: list[SampledToken]) -> None:
+        self._num_steps += 1
+        outcome = self.scheduler.update(batch, [token.token_id for token in tokens])
+        outputs = []
+        for (sequence, reason), token in zip(outcome, tokens, strict=True):
+            if reason is not None:
+                self._release_adapter(sequence)
+            outputs.append(
+                SequenceOutput(
+                    sequence.request_id, token.token_id, token.logprob, token.rank, token.top_tokens, reason
+                )
+            )
+        self._events.append(StepOutputs(outputs, self.stats()))
+
+    def _end(self, sequence: Sequence) -> None:
+        """Free everything a sequence holds."""
+        self.scheduler.remove(sequence)
+        self._release_adapter(sequence)
+
+    def _release_adapter(self, sequence: Sequence) -> None:
+        if sequence.adapter is not None:
+            self.adapters.release(sequence.adapter)
+
+    def _fail(self, request_id: RequestId, error: GraftError) -> None:
+        kind: ErrorKind = error.kind
+        self._events.append(RequestFailed(request_id, kind, error.message, error.reason, error.field))
+
+
+def _is_due(sequence: Sequence) -> bool:
+    return sequence.deadline is not None and time.time() >= sequence.deadline

@@ -1,0 +1,183 @@
+"""What the front-end and the engine say to each other: plain data that survives a process border."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from enum import StrEnum
+from typing import NewType
+
+from runtime.adapters.info import AdapterInfo as AdapterInfo
+from runtime.engine.sampling_params import SamplingParams
+from runtime.errors import ErrorKind
+
+RequestId = NewType("RequestId", int)
+CallId = NewType("CallId", int)
+
+
+class FinishReason(StrEnum):
+    """Why the engine ended a sequence; stop sequences are text and belong to the front-end."""
+
+    EOS = "eos"
+    MAX_NEW_TOKENS = "max_new_tokens"
+    CONTEXT_FULL = "context_full"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+
+
+# front-end -> engine
+
+
+@dataclass(frozen=True)
+class AddRequest:
+    """Start a sequence. `deadline` is Unix time in seconds; when it passes, the sequence ends with DEADLINE."""
+
+    request_id: RequestId
+    prompt_ids: list[int]
+    params: SamplingParams
+    adapter: str | None = None
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class CancelRequest:
+    """Free everything a request holds; no further output is sent for it. Unknown ids are ignored."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True)
+class LoadAdapter:
+    """Load the adapter folder at an absolute, already authorised path under a name."""
+
+    call_id: CallId
+    name: str
+    path: str
+    expected_digest: str = ""
+
+
+@dataclass(frozen=True)
+class UnloadAdapter:
+    """Take no new requests for a name; its memory is freed when the last running request ends."""
+
+    call_id: CallId
+    name: str
+    allow_missing: bool = False
+
+
+@dataclass(frozen=True)
+class ListAdapters:
+    """Ask for all adapters, or for one by name (unknown: NOT_FOUND)."""
+
+    call_id: CallId
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """End the engine process after the current step."""
+
+
+# engine -> front-end
+
+
+@dataclass(frozen=True)
+class EngineReady:
+    """The base is loaded and one token was generated. `max_model_len` counts prompt and output tokens."""
+
+    model_kind: str
+    max_model_len: int
+    vocab_size: int
+    num_parameters: int
+    kv_cache_tokens: int
+    adapter_bytes_limit: int
+
+
+@dataclass(frozen=True)
+class TopToken:
+    """An alternative for one position."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class SequenceOutput:
+    """One new token of one sequence (`token_id` -1: none, only the end is told), and the end if it came.
+
+    The first output of a request may tell in `queue_seconds` how long it waited for its first step.
+    """
+
+    request_id: RequestId
+    token_id: int = -1
+    logprob: float = 0.0
+    rank: int = 0
+    top_tokens: list[TopToken] = dataclass_field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    queue_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters (monotonic) and gauges of the engine, sent with outputs."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_tokens_used: int = 0
+    kv_tokens_total: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    adapters_resident: int = 0
+    adapter_device_bytes: int = 0
+    adapter_host_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class StepOutputs:
+    """Everything one step produced."""
+
+    outputs: list[SequenceOutput]
+    stats: EngineStats
+
+
+@dataclass(frozen=True)
+class RequestFailed:
+    """A request that was refused or broken off with an error."""
+
+    request_id: RequestId
+    kind: ErrorKind
+    message: str
+    reason: str
+    field: str = ""
+
+
+@dataclass(frozen=True)
+class AdapterReply:
+    """Answer to LoadAdapter, UnloadAdapter and ListAdapters."""
+
+    call_id: CallId
+    adapters: list[AdapterInfo]
+
+
+@dataclass(frozen=True)
+class CallFailed:
+    """An adapter call that failed; `problems` lists each defect of a refused file."""
+
+    call_id: CallId
+    kind: ErrorKind
+    message: str
+    reason: str
+    field: str = ""
+    problems: list[str] = dataclass_field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EngineFailed:
+    """The engine cannot go on (or could not start); the process exits after this message."""
+
+    message: str
+
+
+Command = AddRequest | CancelRequest | LoadAdapter | UnloadAdapter | ListAdapters | Shutdown
+Event = EngineReady | StepOutputs | RequestFailed | AdapterReply | CallFailed | EngineFailed

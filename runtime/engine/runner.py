@@ -1,0 +1,107 @@
+"""Runs one batch on the device: index tensors, the step's LoRA plan, the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from runtime.adapters.device_pages import DevicePages
+from runtime.adapters.lora_plan import BASE_SLOT, LoraPlan
+from runtime.engine.batch import Batch, Chunk
+from runtime.engine.kv_cache import make_caches
+from runtime.engine.messages import RequestId
+from runtime.models.deepseek.attention_batch import AttentionBatch, PrefillSpan
+from runtime.models.deepseek.model import DeepseekModel
+
+
+class Runner:
+    """Owns the cache memory of all layers. `observe_logits` sees each step's request ids and logits (tests)."""
+
+    def __init__(self, model: DeepseekModel, pages: DevicePages, num_blocks: int, block_tokens: int) -> None:
+        self.model = model
+        self._pages = pages
+        self._block_tokens = block_tokens
+        self._device = model.placement.device
+        config = model.config
+        self._caches = make_caches(
+            config.num_hidden_layers,
+            num_blocks * block_tokens,
+            config.latent_width,
+            model.placement.dtype,
+            self._device,
+        )
+        self.observe_logits: Callable[[list[RequestId], Tensor], None] | None = None
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Tensor:
+        """Compute a batch; returns logits [sampling chunks, vocabulary] in float32, in the batch's order."""
+        last_rows = []
+        stop = 0
+        for chunk in batch.chunks:
+            stop += len(chunk.token_ids)
+            if chunk.samples:
+                last_rows.append(stop - 1)
+        logits = self.logits_of_rows(batch, last_rows)
+        if self.observe_logits is not None:
+            self.observe_logits([chunk.request_id for chunk in batch.chunks if chunk.samples], logits)
+        return logits
+
+    @torch.inference_mode()
+    def logits_of_rows(self, batch: Batch, rows: list[int]) -> Tensor:
+        """The same with logits of any token rows of the batch."""
+        lora = self._lora_plan(batch)
+        token_ids_T = self._index([token for chunk in batch.chunks for token in chunk.token_ids])
+        hidden_TH = self.model(token_ids_T, self._caches, self._attention_batch(batch), lora)
+        rows_B = self._index(rows)
+        return self.model.logits(hidden_TH[rows_B], rows_B, lora)
+
+    def _lora_plan(self, batch: Batch) -> LoraPlan | None:
+        """None for a batch of the base alone: it takes the path of a server without adapters."""
+        slots = [chunk.slot for chunk in batch.chunks]
+        if all(slot == BASE_SLOT for slot in slots):
+            return None
+        num_tokens = [len(chunk.token_ids) for chunk in batch.chunks]
+        return LoraPlan(self._pages, self.model.placement.ops, slots, num_tokens, self._device)
+
+    def _attention_batch(self, batch: Batch) -> AttentionBatch:
+        positions: list[int] = []
+        write_slots: list[int] = []
+        prefills: list[PrefillSpan] = []
+        decodes: list[Chunk] = []
+        decode_rows: list[int] = []
+        for sequence, chunk in enumerate(batch.chunks):
+            first_row, stop = len(positions), chunk.start + len(chunk.token_ids)
+            positions.extend(range(chunk.start, stop))
+            write_slots.extend(self._slot(chunk, position) for position in range(chunk.start, stop))
+            if len(chunk.token_ids) == 1:
+                decodes.append(chunk)
+                decode_rows.append(first_row)
+            else:
+                slots_L = self._slots([chunk.blocks])[0, :stop]
+                prefills.append(PrefillSpan(sequence, first_row, len(positions), slots_L))
+        lens = [chunk.start + 1 for chunk in decodes]
+        return AttentionBatch(
+            positions_T=self._index(positions),
+            write_slots_T=self._index(write_slots),
+            decode_rows_B=self._index(decode_rows),
+            decode_rows=decode_rows,
+            decode_slots_BL=self._slots([chunk.blocks for chunk in decodes])[:, : max(lens, default=0)],
+            decode_lens_B=self._index(lens),
+            prefills=prefills,
+        )
+
+    def _slot(self, chunk: Chunk, position: int) -> int:
+        block, offset = divmod(position, self._block_tokens)
+        return chunk.blocks[block] * self._block_tokens + offset
+
+    def _slots(self, block_lists: list[list[int]]) -> Tensor:
+        """Cache slots [sequences, longest] of block lists; short lists are padded with block 0, to be masked."""
+        longest = max((len(blocks) for blocks in block_lists), default=0)
+        padded = self._index([blocks + [0] * (longest - len(blocks)) for blocks in block_lists])
+        offsets = torch.arange(self._block_tokens, device=self._device)
+        return (padded.view(len(block_lists), longest, 1) * self._block_tokens + offsets).flatten(1)
+
+    def _index(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)

@@ -1,0 +1,71 @@
+"""One request's tokens in the engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from runtime.adapters.info import AdapterState
+from runtime.adapters.lora_plan import BASE_SLOT
+from runtime.adapters.registry import AdapterRecord
+from runtime.engine.messages import AddRequest, RequestId
+from runtime.engine.sampling_params import SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """`token_ids` holds the prompt and what was generated; the first `num_computed` of them are in the cache."""
+
+    request_id: RequestId
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    adapter: AdapterRecord | None
+    deadline: float | None
+    generator: torch.Generator | None
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    arrived: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def from_request(cls, request: AddRequest, adapter: AdapterRecord | None) -> Sequence:
+        """A sequence at its start; sampling draws from its own generator, so neighbours cannot change it."""
+        generator = None
+        if request.params.temperature > 0:
+            generator = torch.Generator().manual_seed(request.params.seed)
+        return cls(
+            request_id=request.request_id,
+            token_ids=list(request.prompt_ids),
+            num_prompt_tokens=len(request.prompt_ids),
+            params=request.params,
+            adapter=adapter,
+            deadline=request.deadline,
+            generator=generator,
+        )
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are known but not in the cache; 1 means that the sequence decodes."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def slot(self) -> int:
+        """The adapter's device slot, or that of the base."""
+        return BASE_SLOT if self.adapter is None else self.adapter.slot
+
+    @property
+    def awaits_adapter(self) -> bool:
+        """Whether its adapter is still being loaded."""
+        return self.adapter is not None and self.adapter.state is AdapterState.LOADING
+
+    @property
+    def lost_adapter(self) -> bool:
+        """Whether the load that it waited for failed."""
+        return self.adapter is not None and self.adapter.state is AdapterState.FAILED

@@ -1,0 +1,79 @@
+"""Building an engine: the base on its device, the cache, the adapter store, one token to warm up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from runtime.adapters.lora_plan import BASE_SLOT
+from runtime.adapters.store import AdapterStore, StoreLimits
+from runtime.config import EngineConfig
+from runtime.engine.batch import Batch, Chunk
+from runtime.engine.kv_cache import BlockPool
+from runtime.engine.messages import EngineReady, RequestId
+from runtime.engine.runner import Runner
+from runtime.engine.sampler import Sampler
+from runtime.engine.scheduler import Scheduler, SchedulerLimits
+from runtime.layers.placement import Placement
+from runtime.models.deepseek.config import DeepseekConfig
+from runtime.models.deepseek.eos import eos_token_ids
+from runtime.models.deepseek.model import load_model
+from runtime.ops.base import make_ops
+from runtime.ops.platform import open_device, resolve_dtype
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """What an engine consists of."""
+
+    ready: EngineReady
+    scheduler: Scheduler
+    runner: Runner
+    adapters: AdapterStore
+    sampler: Sampler
+
+
+def start(
+    config: EngineConfig, wake: Callable[[], None], progress: Callable[[int, int], None] | None = None
+) -> EngineParts:
+    """Load and warm up; raises ValueError or CheckpointError naming what is wrong."""
+    config.validate()
+    model_config = DeepseekConfig.from_dir(config.model_path)
+    max_model_len, num_blocks = cache_size(config, model_config)
+    device = open_device(config.device)
+    dtype = resolve_dtype(config.dtype, model_config.stored_dtype)
+    model = load_model(config.model_path, model_config, Placement(device, dtype, make_ops(device)), progress)
+    limits = StoreLimits(config.max_adapters, config.max_lora_rank, int(config.adapter_memory_gib * 2**30))
+    adapters = AdapterStore(model_config.adapter_targets(), limits, device, dtype, wake)
+    runner = Runner(model, adapters.pages, num_blocks, config.kv_block_tokens)
+    eos = eos_token_ids(config.model_path)
+    scheduler_limits = SchedulerLimits(config.max_batch_tokens, config.max_batch_size, max_model_len, eos)
+    scheduler = Scheduler(scheduler_limits, BlockPool(num_blocks, config.kv_block_tokens))
+    runner.run(Batch([Chunk(RequestId(0), [0], 0, [0], BASE_SLOT, samples=True)]))
+    ready = EngineReady(
+        model_kind=model_config.model_type,
+        max_model_len=max_model_len,
+        vocab_size=model_config.vocab_size,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        kv_cache_tokens=num_blocks * config.kv_block_tokens,
+        adapter_bytes_limit=limits.max_device_bytes,
+    )
+    return EngineParts(ready, scheduler, runner, adapters, Sampler(eos))
+
+
+def cache_size(config: EngineConfig, model: DeepseekConfig) -> tuple[int, int]:
+    """(longest sequence in tokens, number of cache blocks); raises ValueError if they contradict each other."""
+    longest = model.max_position_embeddings
+    if config.max_model_len > longest:
+        raise ValueError(f"max_model_len = {config.max_model_len} is beyond the model's own {longest}")
+    max_model_len = config.max_model_len or longest
+    if not config.kv_cache_tokens:
+        blocks = -(-max_model_len // config.kv_block_tokens) + config.max_batch_size
+        return max_model_len, blocks
+    blocks = config.kv_cache_tokens // config.kv_block_tokens
+    if config.max_model_len > blocks * config.kv_block_tokens:
+        raise ValueError(
+            f"kv_cache_tokens = {config.kv_cache_tokens} cannot hold one sequence of max_model_len "
+            f"= {config.max_model_len}: raise the one or lower the other"
+        )
+    return min(max_model_len, blocks * config.kv_block_tokens), blocks

@@ -1,0 +1,39 @@
+"""What a layer needs to know of LoRA: one object per step that adds the deltas of the step's adapters."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class StepLora(Protocol):
+    """The adapters of one step. Rows of `x` and `y` are the step's tokens unless a method says otherwise."""
+
+    def add_linear_(self, module: str, y_TN: Tensor, x_TK: Tensor) -> None:
+        """Add every token's delta for a linear module, by its full name."""
+        ...
+
+    def add_linear_of_sequence_(self, module: str, y_LN: Tensor, x_LK: Tensor, sequence: int) -> None:
+        """The same for rows that all belong to one sequence of the batch (its cached context, say)."""
+        ...
+
+    def add_linear_of_rows_(self, module: str, y_BN: Tensor, x_BK: Tensor, rows_B: Tensor) -> None:
+        """The same for a subset of the step's tokens, `rows_B` ascending."""
+        ...
+
+    def factors_of_rows(self, module: str, rows: list[int]) -> list[tuple[slice, Tensor, Tensor]]:
+        """For each run of `rows` (ascending token indices) with one adapter: the run, A [K, R] and B [R, N]."""
+        ...
+
+    def route_keys(self, layer: int, experts_TE: Tensor) -> Tensor:
+        """Sort keys [T, E] of routed rows: ascending by expert, then by adapter."""
+        ...
+
+    def add_experts_gate_up_(self, layer: int, y_MN: Tensor, x_MK: Tensor, rows_M: Tensor, experts_M: Tensor) -> None:
+        """Add gate and up deltas to sorted routed rows; `rows_M` are their tokens, `experts_M` their experts."""
+        ...
+
+    def add_experts_down_(self, layer: int, y_MN: Tensor, x_MK: Tensor, rows_M: Tensor, experts_M: Tensor) -> None:
+        """Add down deltas likewise."""
+        ...

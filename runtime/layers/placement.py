@@ -1,0 +1,23 @@
+"""Where a layer's weights live and which operations it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from runtime.ops.base import Ops
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device, dtype and operation table shared by all layers of one model."""
+
+    device: torch.device
+    dtype: torch.dtype
+    ops: Ops
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.nn.Parameter:
+        """A frozen, uninitialised parameter; the loader fills it."""
+        data = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        return torch.nn.Parameter(data, requires_grad=False)

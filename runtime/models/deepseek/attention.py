@@ -1,0 +1,147 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): a latent row per token is cached, not keys and values.
+
+Shape suffixes: T tokens of the step, B decoding rows, H heads, N nope width, D rope width, V value width,
+C latent width (kv_lora_rank), X = C + D, L context length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from runtime.layers.linear import Linear
+from runtime.layers.lora_site import StepLora
+from runtime.layers.norm import RmsNorm
+from runtime.layers.placement import Placement
+from runtime.models.deepseek.attention_batch import AttentionBatch, PrefillSpan
+from runtime.models.deepseek.config import DeepseekConfig
+from runtime.models.deepseek.rope import softmax_scale
+from runtime.ops.reference import merge_blocks, rotate_interleaved
+
+# Bound on heads x queries x keys of one block of prefill scores; 64 MiB in float32.
+MAX_BLOCK_SCORES = 2**24
+# The norms inside attention have this eps in DeepSeek's code, whatever rms_norm_eps says.
+LATENT_NORM_EPS = 1e-6
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Decoding absorbs kv_b into query and output (`_decode`); prefill expands keys and values (`_prefill`)."""
+
+    def __init__(self, name: str, config: DeepseekConfig, placement: Placement) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.num_latent = config.kv_lora_rank
+        self.scale = softmax_scale(config)
+        self.ops = placement.ops
+
+        def projection(leaf: str) -> Linear:
+            out_features, in_features = shapes[f"{name}.{leaf}"]
+            return Linear(f"{name}.{leaf}", in_features, out_features, placement)
+
+        shapes = config.linear_shapes()
+        self.has_query_latent = config.q_lora_rank is not None
+        if config.q_lora_rank is None:
+            self.q_proj = projection("q_proj")
+        else:
+            self.q_a_proj = projection("q_a_proj")
+            self.q_a_layernorm = RmsNorm(config.q_lora_rank, LATENT_NORM_EPS, placement)
+            self.q_b_proj = projection("q_b_proj")
+        self.kv_a_proj_with_mqa = projection("kv_a_proj_with_mqa")
+        self.kv_a_layernorm = RmsNorm(config.kv_lora_rank, LATENT_NORM_EPS, placement)
+        self.kv_b_proj = projection("kv_b_proj")
+        self.o_proj = projection("o_proj")
+
+    def forward(
+        self,
+        x_TK: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        cache_SX: Tensor,
+        batch: AttentionBatch,
+        lora: StepLora | None,
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden]; writes the step's latents into the layer's cache first."""
+        cos, sin = cos_sin
+        query_THQ = self._queries(x_TK, lora)
+        query_nope, query_rope = query_THQ.split((self.nope, self.rope), dim=-1)
+        query_rope = rotate_interleaved(query_rope, cos[:, None], sin[:, None])
+        latent_TC, key_rope = self.kv_a_proj_with_mqa(x_TK, lora).split((self.num_latent, self.rope), dim=-1)
+        row_TX = torch.cat((self.kv_a_layernorm(latent_TC), rotate_interleaved(key_rope, cos, sin)), dim=-1)
+        cache_SX.index_copy_(0, batch.write_slots_T, row_TX)
+
+        if not batch.prefills:
+            out_THV = self._decode(query_nope, query_rope, cache_SX, batch, lora)
+        else:
+            out_THV = x_TK.new_empty(x_TK.shape[0], self.num_heads, self.value)
+            for span in batch.prefills:
+                rows = slice(span.start, span.stop)
+                query = torch.cat((query_nope[rows], query_rope[rows]), dim=-1)
+                out_THV[rows] = self._prefill(query, cache_SX, batch, span, lora)
+            if batch.decode_rows:
+                rows_B = batch.decode_rows_B
+                out_THV[rows_B] = self._decode(query_nope[rows_B], query_rope[rows_B], cache_SX, batch, lora)
+        return self.o_proj(out_THV.flatten(1), lora)
+
+    def _queries(self, x_TK: Tensor, lora: StepLora | None) -> Tensor:
+        if self.has_query_latent:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TK, lora)), lora)
+        else:
+            query = self.q_proj(x_TK, lora)
+        return query.view(-1, self.num_heads, self.nope + self.rope)
+
+    def _decode(
+        self, query_nope: Tensor, query_rope: Tensor, cache_SX: Tensor, batch: AttentionBatch, lora: StepLora | None
+    ) -> Tensor:
+        """One query a sequence: q (W_UK c) = (q W_UK) c, so scores and outputs are taken on the latents themselves.
+
+        A LoRA on kv_b changes W_UK and W_UV, so it is applied inside both products, factored at its rank.
+        """
+        weight_HOC = self.kv_b_proj.weight.view(self.num_heads, self.nope + self.value, self.num_latent)
+        key_up_HNC, value_up_HVC = weight_HOC.split((self.nope, self.value), dim=1)
+        query_HBC = torch.bmm(query_nope.transpose(0, 1), key_up_HNC)
+        query_BHC = query_HBC.transpose(0, 1).contiguous()
+        factors = lora.factors_of_rows(self.kv_b_proj.name, batch.decode_rows) if lora is not None else []
+        for rows, a_CR, b_RO in factors:
+            b_RHN = b_RO.view(-1, self.num_heads, self.nope + self.value)[..., : self.nope]
+            query_BHC[rows] += torch.einsum("bhn,rhn->bhr", query_nope[rows], b_RHN) @ a_CR.T
+        query_BHX = torch.cat((query_BHC, query_rope), dim=-1)
+        latent_BHC = self.ops.mla_decode(
+            query_BHX, cache_SX, batch.decode_slots_BL, batch.decode_lens_B, self.scale, self.num_latent
+        )
+        out_BHV = torch.bmm(latent_BHC.transpose(0, 1), value_up_HVC.transpose(1, 2)).transpose(0, 1)
+        for rows, a_CR, b_RO in factors:
+            b_RHV = b_RO.view(-1, self.num_heads, self.nope + self.value)[..., self.nope :]
+            out_BHV[rows] += torch.einsum("bhr,rhv->bhv", latent_BHC[rows] @ a_CR, b_RHV)
+        return out_BHV
+
+    def _prefill(
+        self, query_THX: Tensor, cache_SX: Tensor, batch: AttentionBatch, span: PrefillSpan, lora: StepLora | None
+    ) -> Tensor:
+        """A chunk of one sequence over its whole context, block by block of keys, so memory is bounded."""
+        num_queries, num_keys = span.stop - span.start, len(span.slots_L)
+        block = max(64, MAX_BLOCK_SCORES // (self.num_heads * num_queries))
+        query_HTX = query_THX.transpose(0, 1)
+        keys_seen_T = batch.positions_T[span.start : span.stop] + 1
+        merged: tuple[Tensor, Tensor] | None = None
+        for start in range(0, num_keys, block):
+            stop = min(start + block, num_keys)
+            key_HLX, value_HLV = self._expand(cache_SX[span.slots_L[start:stop]], span.sequence, lora)
+            is_past = stop <= num_keys - num_queries + 1
+            part = self.ops.attend_block(
+                query_HTX, key_HLX, value_HLV, self.scale, None if is_past else keys_seen_T - start
+            )
+            merged = part if merged is None else merge_blocks(*merged, *part)
+        if merged is None:
+            raise RuntimeError("a prefill span without keys")
+        return merged[0].to(query_THX.dtype).transpose(0, 1)
+
+    def _expand(self, rows_LX: Tensor, sequence: int, lora: StepLora | None) -> tuple[Tensor, Tensor]:
+        """Keys [H, L, N + D] and values [H, L, V] of cached rows: the readable form of MLA."""
+        latent_LC, key_rope_LD = rows_LX.split((self.num_latent, self.rope), dim=-1)
+        expanded = torch.nn.functional.linear(latent_LC, self.kv_b_proj.weight)
+        if lora is not None:
+            lora.add_linear_of_sequence_(self.kv_b_proj.name, expanded, latent_LC, sequence)
+        heads_LHO = expanded.view(-1, self.num_heads, self.nope + self.value)
+        key_nope, value_LHV = heads_LHO.split((self.nope, self.value), dim=-1)
+        key_LHX = torch.cat((key_nope, key_rope_LD[:, None].expand(-1, self.num_heads, -1)), dim=-1)
+        return key_LHX.transpose(0, 1), value_LHV.transpose(0, 1)

@@ -1,0 +1,67 @@
+"""The mixture of experts: one sort of the routed rows serves the base's experts and every adapter's pages.
+
+Shape suffixes: T tokens, E experts, H hidden, I expert width, M routed rows (T x top-k), sorted by expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from runtime.layers.lora_site import StepLora
+from runtime.layers.mlp import GatedMlp
+from runtime.layers.placement import Placement
+from runtime.models.deepseek.config import DeepseekConfig
+from runtime.models.deepseek.router import Router
+
+
+class RoutedExperts(nn.Module):
+    """All experts' weights side by side: w13 [E, H, 2I] (gate, then up) and w2 [E, I, H], ready for grouped_matmul."""
+
+    def __init__(self, layer: int, config: DeepseekConfig, placement: Placement) -> None:
+        super().__init__()
+        self.layer = layer
+        self.ops = placement.ops
+        num_experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.w13 = placement.empty(num_experts, hidden, 2 * width)
+        self.w2 = placement.empty(num_experts, width, hidden)
+
+    def forward(self, x_TH: Tensor, weights: Tensor, experts: Tensor, lora: StepLora | None) -> Tensor:
+        """Sum over each token's experts, weighted: [T, H], [T, top-k], [T, top-k] -> [T, H]."""
+        keys = experts if lora is None else lora.route_keys(self.layer, experts)
+        order_M = keys.flatten().argsort(stable=True)
+        rows_M = order_M.div(experts.shape[1], rounding_mode="floor")
+        experts_M = experts.flatten()[order_M]
+        counts_E = torch.bincount(experts_M, minlength=self.w13.shape[0])
+        x_MH = x_TH[rows_M]
+        gate_up = self.ops.grouped_matmul(x_MH, self.w13, counts_E)
+        if lora is not None:
+            lora.add_experts_gate_up_(self.layer, gate_up, x_MH, rows_M, experts_M)
+        inner_MI = self.ops.swiglu(gate_up)
+        y_MH = self.ops.grouped_matmul(inner_MI, self.w2, counts_E)
+        if lora is not None:
+            lora.add_experts_down_(self.layer, y_MH, inner_MI, rows_M, experts_M)
+        # Back to token order before the sum, so that a token's result does not depend on its neighbours.
+        unsorted = torch.empty_like(y_MH)
+        unsorted[order_M] = y_MH
+        return (unsorted.view(*experts.shape, -1) * weights[..., None]).sum(1).to(x_TH.dtype)
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts plus the shared experts that see every token."""
+
+    def __init__(self, layer: int, config: DeepseekConfig, placement: Placement) -> None:
+        super().__init__()
+        self.gate = Router(config, placement)
+        self.experts = RoutedExperts(layer, config, placement)
+        self.shared_experts: GatedMlp | None = None
+        if config.n_shared_experts:
+            width = config.moe_intermediate_size * config.n_shared_experts
+            name = f"model.layers.{layer}.mlp.shared_experts"
+            self.shared_experts = GatedMlp(name, config.hidden_size, width, placement)
+
+    def forward(self, x_TH: Tensor, lora: StepLora | None) -> Tensor:
+        """[T, H] -> [T, H]."""
+        weights, experts = self.gate(x_TH)
+        routed = self.experts(x_TH, weights, experts, lora)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x_TH, lora)

@@ -1,0 +1,66 @@
+"""The table of device operations: everything that a back-end may do better than plain PyTorch.
+
+Shape suffixes: T tokens, M routed rows, G groups, P pages, K and N matrix sides, R LoRA rank, B sequences,
+H heads, C latent width (kv_lora_rank), D rope width, L padded context length, S cache slots.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from runtime.ops import reference
+
+
+class Ops(ABC):
+    """Operations of one device. What a back-end does not override runs as the reference does."""
+
+    @abstractmethod
+    def grouped_matmul(self, x_MK: Tensor, weight_GKN: Tensor, counts_G: Tensor) -> Tensor:
+        """Rows in order; group g's `counts_G[g]` rows are multiplied by `weight_GKN[g]`. Counts sum to M."""
+
+    @abstractmethod
+    def lora_add_(
+        self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor
+    ) -> None:
+        """Add each row's LoRA delta: `y[m] += (x[m] @ a[p]) @ b[p]` with p = pages_M[m]; -1 adds nothing.
+
+        Rows of one page are contiguous and pages ascend along the rows that have one. Several `bs` split the
+        columns of `y` and of `a` into equal parts, one for each (gate and up share one shrink).
+        """
+
+    def rms_norm(self, x_TN: Tensor, weight_N: Tensor, eps: float) -> Tensor:
+        """Root-mean-square norm over the last axis, computed in float32."""
+        return reference.rms_norm(x_TN, weight_N, eps)
+
+    def swiglu(self, x_T2N: Tensor) -> Tensor:
+        """silu(first half) * second half of the last axis."""
+        return reference.swiglu(x_T2N)
+
+    def mla_decode(
+        self, query_BHX: Tensor, cache_SX: Tensor, slots_BL: Tensor, lens_B: Tensor, scale: float, num_latent: int
+    ) -> Tensor:
+        """Absorbed MLA for one query a sequence; X = C + D. Returns the weighted latents [B, H, C]."""
+        return reference.mla_decode(query_BHX, cache_SX, slots_BL, lens_B, scale, num_latent)
+
+    def attend_block(
+        self, query_HTX: Tensor, key_HLX: Tensor, value_HLV: Tensor, scale: float, first_key_after: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over one block of keys: output [H, T, V] and log-sum-exp [H, T], both float32."""
+        return reference.attend_block(query_HTX, key_HLX, value_HLV, scale, first_key_after)
+
+
+def make_ops(device: torch.device) -> Ops:
+    """The back-end of a device; an absent device library costs nothing until it is asked for."""
+    if device.type == "cpu":
+        from runtime.ops.cpu import CpuOps
+
+        return CpuOps()
+    if device.type == "cuda":
+        from runtime.ops.cuda.ops import CudaOps
+
+        return CudaOps()
+    raise ValueError(f"device = {device.type!r} has no back-end here: use cpu or cuda")

@@ -1,0 +1,89 @@
+"""Plain PyTorch references of the device operations; shape suffixes as in `base.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def grouped_matmul(x_MK: Tensor, weight_GKN: Tensor, counts_G: Tensor) -> Tensor:
+    """Reference of `Ops.grouped_matmul`."""
+    y_MN = x_MK.new_empty(x_MK.shape[0], weight_GKN.shape[2])
+    start = 0
+    for group, count in enumerate(counts_G.tolist()):
+        y_MN[start : start + count] = x_MK[start : start + count] @ weight_GKN[group]
+        start += count
+    return y_MN
+
+
+def lora_add_(y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:
+    """Reference of `Ops.lora_add_`."""
+    width = y_MN.shape[1] // len(bs_PRN)
+    rank = a_PKR.shape[2] // len(bs_PRN)
+    for row, page in enumerate(pages_M.tolist()):
+        if page < 0:
+            continue
+        shrunk_R = x_MK[row] @ a_PKR[page]
+        for part, b_PRN in enumerate(bs_PRN):
+            delta_N = shrunk_R[part * rank : (part + 1) * rank] @ b_PRN[page]
+            y_MN[row, part * width : (part + 1) * width] += delta_N
+
+
+def rms_norm(x_TN: Tensor, weight_N: Tensor, eps: float) -> Tensor:
+    """Reference of `Ops.rms_norm`; the result is rounded to the input's dtype before the weight, as DeepSeek does."""
+    x_float = x_TN.float()
+    scale = torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_N * (x_float * scale).to(x_TN.dtype)
+
+
+def swiglu(x_T2N: Tensor) -> Tensor:
+    """Reference of `Ops.swiglu`."""
+    gate, up = x_T2N.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (even, odd) of the last axis; the result is written as two halves.
+
+    `cos` and `sin` have half the width of `x` and broadcast over its other axes; computed in float32. Queries and
+    keys go through the same permutation, so their products equal those of any other layout.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1).to(x.dtype)
+
+
+def mla_decode(
+    query_BHX: Tensor, cache_SX: Tensor, slots_BL: Tensor, lens_B: Tensor, scale: float, num_latent: int
+) -> Tensor:
+    """Reference of `Ops.mla_decode`: every head attends over the same latents (multi-query attention)."""
+    latents_BLX = cache_SX[slots_BL]
+    scores_BHL = torch.bmm(query_BHX, latents_BLX.transpose(1, 2)).float() * scale
+    past_end_BL = torch.arange(slots_BL.shape[1], device=lens_B.device)[None] >= lens_B[:, None]
+    scores_BHL.masked_fill_(past_end_BL[:, None], float("-inf"))
+    probs_BHL = scores_BHL.softmax(-1).to(query_BHX.dtype)
+    return torch.bmm(probs_BHL, latents_BLX[..., :num_latent])
+
+
+def attend_block(
+    query_HTX: Tensor, key_HLX: Tensor, value_HLV: Tensor, scale: float, first_key_after: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Reference of `Ops.attend_block`. Query t sees keys below `first_key_after[t]` (None: all of the block)."""
+    scores_HTL = torch.bmm(query_HTX, key_HLX.transpose(1, 2)).float() * scale
+    if first_key_after is not None:
+        keys_L = torch.arange(key_HLX.shape[1], device=key_HLX.device)
+        scores_HTL.masked_fill_(keys_L[None] >= first_key_after[:, None], float("-inf"))
+    lse_HT = scores_HTL.logsumexp(-1)
+    # A query that sees no key of this block has lse = -inf; zero its weights instead of dividing inf by inf.
+    probs_HTL = (scores_HTL - lse_HT.clamp(min=-1e30)[..., None]).exp_()
+    return torch.bmm(probs_HTL.to(value_HLV.dtype), value_HLV).float(), lse_HT
+
+
+def merge_blocks(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Join two partial attentions over disjoint keys by their log-sum-exp; [H, T, V] and [H, T], float32."""
+    merged = torch.logaddexp(lse, block_lse)
+    safe = merged.clamp(min=-1e30)
+    weight = (lse - safe).exp_()[..., None]
+    block_weight = (block_lse - safe).exp_()[..., None]
+    return out * weight + block_out * block_weight, merged
