@@ -1,0 +1,125 @@
+"""LoRA adapters: recognise the layout, check every key against the base, and convert to plain factors."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from loaders.adapter_config import read_rules
+from loaders.adapter_folder import AdapterFolder
+from loaders.adapter_formats import FORMATS, AdapterBuilder, AdapterFormat, FormatContext
+from loaders.adapter_keys import FactorPair, SortedKeys, sort_keys
+from loaders.adapter_report import describe
+from loaders.adapter_types import AdapterTargets, AdapterWeights, ExpertLora, ExpertShape, LoraPair
+from loaders.errors import AdapterError
+
+__all__ = [
+    "AdapterTargets",
+    "AdapterWeights",
+    "ExpertLora",
+    "ExpertShape",
+    "LoraPair",
+    "describe",
+    "load_adapter",
+]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def load_adapter(
+    path: Path, targets: AdapterTargets, *, max_lora_rank: int = 128, max_bytes: int | None = None
+) -> AdapterWeights:
+    """Load the adapter directory `path` for a base that offers `targets`; factors are on CPU in their stored dtype.
+
+    Names, shapes and settings are checked from the headers before any weight is read. Raises AdapterError with every
+    problem by name: each key is used, listed in `skipped` with its reason, or the whole load is refused.
+    """
+    with AdapterFolder(path, max_bytes) as folder:
+        keys = sort_keys(folder.tensors, targets)
+        problems = keys.problems
+        context = FormatContext(targets, read_rules(folder.config, problems), max_lora_rank, problems)
+        plan = _plan(keys, context)
+        _refuse(folder.path, context.problems)
+        wanted = {tensor.stored.name for pair in keys.pairs for tensor in (pair.a, pair.b)}
+        tensors = folder.read(wanted)
+        digest = folder.digest
+
+    context.problems.extend(_non_finite(tensors))
+    _refuse(folder.path, context.problems)
+    is_zero = all(not bool(tensors[pair.b.stored.name].any()) for pair in keys.pairs)
+    builder = AdapterBuilder()
+    for adapter_format, pairs in plan:
+        for pair in pairs:
+            adapter_format.build(pair, tensors, context, builder)
+    _refuse(folder.path, context.problems)
+    return AdapterWeights(
+        linears=builder.linears,
+        experts={layer: dict(sorted(experts.items())) for layer, experts in sorted(builder.experts.items())},
+        digest=digest,
+        config=folder.config,
+        layout=" + ".join(adapter_format.layout for adapter_format, _ in plan),
+        skipped=(*folder.skipped, *keys.skipped, *builder.skipped),
+        num_bytes=_kept_bytes(builder),
+        warnings=_warnings(context, is_zero),
+    )
+
+
+def _plan(keys: SortedKeys, context: FormatContext) -> list[tuple[AdapterFormat, list[FactorPair]]]:
+    """Give every pair to the first format that recognises it, and let each format check its own."""
+    groups: dict[int, list[FactorPair]] = {}
+    for pair in keys.pairs:
+        number = next(n for n, adapter_format in enumerate(FORMATS) if adapter_format.recognises(pair.module))
+        groups.setdefault(number, []).append(pair)
+        for tensor in (pair.a, pair.b):
+            if tensor.stored.dtype not in _DTYPES:
+                context.problems.append(
+                    f"{tensor.stored.name}: stored as {tensor.stored.dtype_name}, only F32, F16 and BF16 are supported"
+                )
+    plan = [(FORMATS[number], pairs) for number, pairs in sorted(groups.items())]
+    for adapter_format, pairs in plan:
+        adapter_format.check(pairs, context)
+    expert_layouts = [adapter_format.layout for adapter_format, _ in plan if adapter_format is not FORMATS[-1]]
+    if len(expert_layouts) > 1:
+        context.problems.append(f"experts in two layouts at once: {' and '.join(expert_layouts)}")
+    if not keys.pairs and not context.problems:
+        context.problems.append("no LoRA factors in the files")
+    return plan
+
+
+def _refuse(path: Path, problems: list[str]) -> None:
+    if problems:
+        noun = "problem" if len(problems) == 1 else "problems"
+        raise AdapterError(f"{path}: adapter refused, {len(problems)} {noun}", problems)
+
+
+def _non_finite(tensors: dict[str, torch.Tensor]) -> Iterable[str]:
+    for name, tensor in tensors.items():
+        # Both ends of the range show NaN and infinity without a temporary of the tensor's size.
+        low, high = (end.item() for end in torch.aminmax(tensor))
+        if math.isnan(low) or math.isnan(high):
+            yield f"{name}: contains NaN"
+        elif math.isinf(low) or math.isinf(high):
+            yield f"{name}: contains infinite values"
+
+
+def _kept_bytes(builder: AdapterBuilder) -> int:
+    pairs = list(builder.linears.values())
+    for experts in builder.experts.values():
+        for expert in experts.values():
+            pairs += [pair for pair in (expert.gate, expert.up, expert.down) if pair is not None]
+    factors = {(factor.data_ptr(), factor.nbytes) for pair in pairs for factor in (pair.a, pair.b)}
+    return sum(num_bytes for _, num_bytes in factors)
+
+
+def _warnings(context: FormatContext, is_zero: bool) -> tuple[str, ...]:
+    warnings = list(context.warnings)
+    if is_zero:
+        warnings.append("every lora_B is zero: the adapter has no effect (saved before training?)")
+    if context.rank_differences:
+        num = len(context.rank_differences)
+        warnings.append(
+            f"{num} modules have another rank than r = {context.rules.lora_rank:g} of adapter_config.json, e.g. "
+            f"{context.rank_differences[0]}; ranks and scales are taken from the tensors"
+        )
+    return tuple(warnings)

@@ -1,0 +1,117 @@
+"""Text from a stream of tokens: what is final is given out at once, never half a character.
+
+Byte-level vocabularies (DeepSeek, Kimi) spread a character over several tokens. Their decoder joins the bytes of all
+tokens and reads them as UTF-8 with replacement, which an incremental UTF-8 decoder does in constant time per token.
+Other vocabularies take the general way: decode a short window twice and give out the difference.
+"""
+
+import codecs
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loaders.tokenizer import Tokenizer
+
+_REPLACEMENT = "\ufffd"
+_MAX_HELD_TOKENS = 8  # a character has at most 4 bytes; more unfinished tokens than this are not one character
+
+
+class IncrementalDetokenizer:
+    """Turns token ids pushed one by one into text; all pieces joined equal `tokenizer.decode` of all ids."""
+
+    def __init__(self, tokenizer: "Tokenizer", skip_special: bool = True) -> None:
+        """One detokenizer serves one sequence."""
+        backend = tokenizer.backend
+        self._impl: _ByteLevel | _Window
+        if is_byte_level(backend):
+            self._impl = _ByteLevel(backend, skip_special)
+        else:
+            self._impl = _Window(tokenizer, skip_special)
+
+    def push(self, token_id: int) -> str:
+        """The text that became final with this token, often empty inside a character."""
+        return self._impl.push(token_id)
+
+    def flush(self) -> str:
+        """The rest, at the end of the sequence; an unfinished character becomes U+FFFD."""
+        return self._impl.flush()
+
+
+def is_byte_level(backend: Any) -> bool:
+    """Whether a `tokenizers.Tokenizer` decodes by joining bytes (its decoder is ByteLevel and nothing else)."""
+    decoder = backend.decoder
+    if decoder is None:
+        return False
+    state = json.loads(decoder.__getstate__())
+    parts = state.get("decoders", []) if state.get("type") == "Sequence" else [state]
+    kinds = {part.get("type") for part in parts}
+    return "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes: visible Latin-1 stands for itself, the rest for U+0100 and up."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in visible}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    table.update({chr(0x100 + n): byte for n, byte in enumerate(hidden)})
+    return table
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+def token_bytes(token: str) -> bytes:
+    """The bytes a byte-level token stands for; added tokens with other characters stand for their own UTF-8."""
+    try:
+        return bytes([_BYTE_OF_CHAR[char] for char in token])
+    except KeyError:
+        return token.encode()
+
+
+class _ByteLevel:
+    def __init__(self, backend: Any, skip_special: bool) -> None:
+        self._backend = backend
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        added = backend.get_added_tokens_decoder().items() if skip_special else ()
+        self._skipped = frozenset(token_id for token_id, token in added if token.special)
+
+    def push(self, token_id: int) -> str:
+        token = None if token_id in self._skipped else self._backend.id_to_token(token_id)
+        return "" if token is None else self._decoder.decode(token_bytes(token))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _Window:
+    """Decodes ids[prefix:] and ids[prefix:read]; their difference is new text, unless it ends inside a character."""
+
+    def __init__(self, tokenizer: "Tokenizer", skip_special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._ids: list[int] = []
+        self._prefix = 0
+        self._read = 0
+        self._emitted: list[str] = []
+
+    def push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        before = self._decode(self._ids[self._prefix : self._read])
+        now = self._decode(self._ids[self._prefix :])
+        is_unfinished = now.endswith(_REPLACEMENT) and len(self._ids) - self._read < _MAX_HELD_TOKENS
+        if is_unfinished or not now.startswith(before):
+            return ""
+        self._prefix, self._read = self._read, len(self._ids)
+        return self._emit(now[len(before) :])
+
+    def flush(self) -> str:
+        emitted = "".join(self._emitted)
+        text = self._decode(self._ids)
+        return self._emit(text[len(emitted) :]) if text.startswith(emitted) else ""
+
+    def _emit(self, text: str) -> str:
+        self._emitted.append(text)
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special=self._skip_special)
