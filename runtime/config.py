@@ -35,8 +35,12 @@ class EngineConfig:
         _require(self.kv_cache_tokens >= 0, "kv_cache_tokens", self.kv_cache_tokens, ">= 0 (0: chosen)")
         _require(1 <= self.kv_block_tokens <= 1024, "kv_block_tokens", self.kv_block_tokens, "1..1024")
         _require(self.max_batch_tokens >= 1, "max_batch_tokens", self.max_batch_tokens, ">= 1")
-        _require(1 <= self.max_batch_size <= self.max_batch_tokens, "max_batch_size", self.max_batch_size,
-                 f"1..max_batch_tokens ({self.max_batch_tokens})")
+        _require(
+            1 <= self.max_batch_size <= self.max_batch_tokens,
+            "max_batch_size",
+            self.max_batch_size,
+            f"1..max_batch_tokens ({self.max_batch_tokens})",
+        )
         _require(self.max_waiting_requests >= 1, "max_waiting_requests", self.max_waiting_requests, ">= 1")
         _require(self.adapter_memory_gib > 0, "adapter_memory_gib", self.adapter_memory_gib, "> 0")
         _require(1 <= self.max_adapters <= 10_000, "max_adapters", self.max_adapters, "1..10000")
@@ -67,8 +71,12 @@ class ServerConfig:
             _require(0 <= getattr(self, name) <= 65535, name, getattr(self, name), "0..65535")
         if self.adapters_root is not None:
             _require(self.adapters_root.is_dir(), "adapters_root", str(self.adapters_root), "an existing directory")
-        _require(1 <= self.default_max_new_tokens <= self.max_new_tokens_limit, "default_max_new_tokens",
-                 self.default_max_new_tokens, f"1..max_new_tokens_limit ({self.max_new_tokens_limit})")
+        _require(
+            1 <= self.default_max_new_tokens <= self.max_new_tokens_limit,
+            "default_max_new_tokens",
+            self.default_max_new_tokens,
+            f"1..max_new_tokens_limit ({self.max_new_tokens_limit})",
+        )
         _require(self.drain_timeout_seconds >= 0, "drain_timeout_seconds", self.drain_timeout_seconds, ">= 0")
 
 

@@ -33,9 +33,7 @@ class HostPages:
 class PagePool:
     """All pages of one module and one padded rank. `table[slot + 1, region]` is a page or -1; row 0 is the base."""
 
-    def __init__(
-        self, like: HostPages, num_regions: int, max_slots: int, device: torch.device
-    ) -> None:
+    def __init__(self, like: HostPages, num_regions: int, max_slots: int, device: torch.device) -> None:
         self.device = device
         self.lora_rank = like.lora_rank
         self.factors = {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from runtime.adapters.info import AdapterInfo, AdapterState
 from runtime.adapters.registry import AdapterRecord, AdapterRegistry, Reply
 from runtime.errors import Conflict, Exhausted, GraftError, Internal, Precondition
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class StoreLimits:
@@ -30,13 +33,12 @@ class StoreLimits:
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """What the loading thread hands to the engine loop: the result or the error of one file."""
+class _Read:
+    """A file that the thread has read and converted; its digest is checked there too."""
 
-    record: AdapterRecord
-    weights: AdapterWeights | None
-    host: HostAdapter | None
-    error: GraftError | None
+    weights: AdapterWeights
+    host: HostAdapter
+    seconds: float
 
 
 class AdapterStore:
@@ -58,7 +60,7 @@ class AdapterStore:
         self._wake = wake
         self._registry = AdapterRegistry(limits.max_adapters)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
-        self._loaded: queue.SimpleQueue[_Loaded] = queue.SimpleQueue()
+        self._reads: queue.SimpleQueue[tuple[AdapterRecord, Future[_Read]]] = queue.SimpleQueue()
         self._installing: list[tuple[AdapterRecord, Iterator[None]]] = []
 
     def load(self, name: str, path: str, expected_digest: str, reply: Reply) -> None:
@@ -89,6 +91,16 @@ class AdapterStore:
         except GraftError as error:
             reply(error)
 
+    @property
+    def num_resident(self) -> int:
+        """Adapters that are ready, or draining and still in use."""
+        return sum(record.state is not AdapterState.LOADING for record in self._registry.records())
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of adapters on their way to the device."""
+        return sum(record.host.num_bytes for record, _ in self._installing if record.host is not None)
+
     def infos(self) -> list[AdapterInfo]:
         """Snapshots of all adapters by name."""
         return [record.info() for record in self._registry.records()]
@@ -108,8 +120,8 @@ class AdapterStore:
 
     def advance(self, *, whole: bool) -> None:
         """Between two steps: take finished reads, copy one layer to the device (all of them if `whole`)."""
-        while not self._loaded.empty():
-            self._accept(self._loaded.get())
+        while not self._reads.empty():
+            self._accept(*self._reads.get())
         while self._installing:
             record, steps = self._installing[0]
             if next(steps, self) is self:
@@ -121,7 +133,7 @@ class AdapterStore:
     @property
     def is_installing(self) -> bool:
         """Whether copies to the device are under way."""
-        return bool(self._installing) or not self._loaded.empty()
+        return bool(self._installing) or not self._reads.empty()
 
     def close(self) -> None:
         """Stop the loading thread after its current file."""
@@ -134,54 +146,45 @@ class AdapterStore:
         else:
             record = AdapterRecord(name, live.generation, path)
         record.load_replies.append(reply)
-        self._thread.submit(self._read, record, digest)
+        future = self._thread.submit(self._read, record, digest)
+        future.add_done_callback(lambda done: self._hand_over(record, done))
 
-    def _read(self, record: AdapterRecord, expected_digest: str) -> None:
-        """Runs in the thread: every error of the file becomes data for the engine loop."""
+    def _read(self, record: AdapterRecord, expected_digest: str) -> _Read:
+        """Runs in the thread."""
         started = time.monotonic()
-        try:
-            weights = load_adapter(Path(record.path), self._targets, max_lora_rank=self._limits.max_lora_rank)
-            if expected_digest and weights.digest != expected_digest:
-                raise Precondition(
-                    f"adapter {record.name!r} has digest {weights.digest}, expected {expected_digest}",
-                    reason="DIGEST_MISMATCH",
-                    field="expected_digest",
-                )
-            host = to_host_adapter(weights, self._dtype)
-            record.load_seconds = time.monotonic() - started
-            done = _Loaded(record, weights, host, None)
-        except GraftError as error:
-            done = _Loaded(record, None, None, error)
-        except LoadError as error:
-            refusal = Precondition(
-                f"adapter {record.name!r} is refused: {error}", reason="ADAPTER_REFUSED", problems=error.problems
+        weights = load_adapter(Path(record.path), self._targets, max_lora_rank=self._limits.max_lora_rank)
+        if expected_digest and weights.digest != expected_digest:
+            raise Precondition(
+                f"adapter {record.name!r} has digest {weights.digest}, expected {expected_digest}",
+                reason="DIGEST_MISMATCH",
+                field="expected_digest",
             )
-            done = _Loaded(record, None, None, refusal)
-        except Exception as error:  # the thread's result must always arrive, or the caller waits for ever
-            unexpected = Internal(f"adapter {record.name!r} could not be read: {error}", reason="ADAPTER_LOAD_FAILED")
-            done = _Loaded(record, None, None, unexpected)
-        self._loaded.put(done)
+        host = to_host_adapter(weights, self._dtype)
+        return _Read(weights, host, time.monotonic() - started)
+
+    def _hand_over(self, record: AdapterRecord, done: Future[_Read]) -> None:
+        """Runs in the thread: the engine loop takes it from here."""
+        self._reads.put((record, done))
         self._wake()
 
-    def _accept(self, loaded: _Loaded) -> None:
-        record = loaded.record
+    def _accept(self, record: AdapterRecord, done: Future[_Read]) -> None:
         live = self._registry.find(record.name)
+        error = _as_graft_error(record.name, done.exception())
         try:
-            if loaded.error is not None:
-                raise loaded.error
-            if loaded.weights is None or loaded.host is None:
-                raise Internal("a load without result", reason="ADAPTER_LOAD_FAILED")
+            if error is not None:
+                raise error
+            read = done.result()
             if live is not record:
-                self._answer_live(record, live, loaded.weights.digest)
+                self._answer_live(record, live, read.weights.digest)
                 return
-            self._reserve(loaded.host)
-            _describe(record, loaded.weights, loaded.host)
-            self._installing.append((record, self.pages.install(record.slot, loaded.host)))
-        except GraftError as error:
+            self._reserve(read.host)
+            _describe(record, read)
+            self._installing.append((record, self.pages.install(record.slot, read.host)))
+        except GraftError as refusal:
             if live is record:
                 record.state = AdapterState.FAILED
                 self._registry.forget(record)
-            _reply_all(record.load_replies, error)
+            _reply_all(record.load_replies, refusal)
 
     def _answer_live(self, record: AdapterRecord, live: AdapterRecord | None, digest: str) -> None:
         """A load of a name that was already there: the same bytes are fine, other bytes are not replaced."""
@@ -191,8 +194,8 @@ class AdapterStore:
         _reply_all(record.load_replies, live.info(already_loaded=True))
 
     def _reserve(self, host: HostAdapter) -> None:
-        installing = sum(record.device_bytes for record, _ in self._installing)
-        used, limit = self.pages.num_bytes + installing, self._limits.max_device_bytes
+        used = sum(record.device_bytes for record in self._registry.records())
+        limit = self._limits.max_device_bytes
         if used + host.num_bytes > limit:
             raise Exhausted(
                 f"adapter memory is full: {host.num_bytes} bytes needed, {used} of {limit} in use; "
@@ -215,7 +218,8 @@ class AdapterStore:
         _reply_all(record.unload_replies, record.info())
 
 
-def _describe(record: AdapterRecord, weights: AdapterWeights, host: HostAdapter) -> None:
+def _describe(record: AdapterRecord, read: _Read) -> None:
+    weights, host = read.weights, read.host
     leaves = {name.rsplit(".", 1)[-1] for name in weights.linears}
     ranks = [pages.lora_rank for layer in host.experts.values() for pages in layer]
     ranks += [pages.lora_rank for pages in host.linears.values()]
@@ -227,6 +231,18 @@ def _describe(record: AdapterRecord, weights: AdapterWeights, host: HostAdapter)
     record.tensor_bytes = weights.num_bytes
     record.device_bytes = host.num_bytes
     record.warnings = list(weights.warnings)
+    record.load_seconds = read.seconds
+
+
+def _as_graft_error(name: str, error: BaseException | None) -> GraftError | None:
+    """What the client is told: every problem of a refused file, but no internals of an unexpected failure."""
+    if error is None or isinstance(error, GraftError):
+        return error
+    if isinstance(error, LoadError):
+        message = f"adapter {name!r} is refused: {error.headline}"
+        return Precondition(message, reason="ADAPTER_REFUSED", problems=error.problems)
+    logger.error("adapter %r could not be read", name, exc_info=error)
+    return Internal(f"adapter {name!r} could not be read; the server's log says why", reason="ADAPTER_LOAD_FAILED")
 
 
 def _reply_all(replies: list[Reply], answer: AdapterInfo | GraftError) -> None:

@@ -27,7 +27,6 @@ from runtime.engine.messages import (
     RequestFailed,
     RequestId,
     SequenceOutput,
-    Shutdown,
     StepOutputs,
     UnloadAdapter,
 )
@@ -51,13 +50,12 @@ class Engine:
         self.runner = parts.runner
         self.adapters = parts.adapters
         self.sampler = parts.sampler
-        self.is_stopping = False
         self._events: list[Event] = []
         self._num_steps = 0
         self._num_prompt_tokens = 0
 
     def submit(self, command: Command) -> None:
-        """Hand over a command; it takes effect before the next step."""
+        """Hand over a command; it takes effect before the next step. `Shutdown` is for the process around it."""
         self._inbox.put(command)
         self._wake.set()
 
@@ -93,7 +91,6 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and gauges of this moment."""
         blocks = self.scheduler.blocks
-        ready = [info for info in self.adapters.infos() if info.slot >= 0]
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
@@ -102,9 +99,9 @@ class Engine:
             preemptions=self.scheduler.num_preemptions,
             steps=self._num_steps,
             prompt_tokens=self._num_prompt_tokens,
-            adapters_resident=len(ready),
+            adapters_resident=self.adapters.num_resident,
             adapter_device_bytes=self.adapters.pages.num_bytes,
-            adapter_host_bytes=sum(info.host_bytes for info in ready),
+            adapter_host_bytes=self.adapters.host_bytes,
         )
 
     def _drain_inbox(self) -> None:
@@ -127,8 +124,6 @@ class Engine:
                 self._unload(command)
             case ListAdapters():
                 self._list(command)
-            case Shutdown():
-                self.is_stopping = True
 
     def _add(self, request: AddRequest) -> None:
         adapter: AdapterRecord | None = None
@@ -211,11 +206,7 @@ class Engine:
         for (sequence, reason), token in zip(outcome, tokens, strict=True):
             if reason is not None:
                 self._release_adapter(sequence)
-            outputs.append(
-                SequenceOutput(
-                    sequence.request_id, token.token_id, token.logprob, token.rank, token.top_tokens, reason
-                )
-            )
+            outputs.append(_output(sequence, token, reason))
         self._events.append(StepOutputs(outputs, self.stats()))
 
     def _end(self, sequence: Sequence) -> None:
@@ -230,6 +221,18 @@ class Engine:
     def _fail(self, request_id: RequestId, error: GraftError) -> None:
         kind: ErrorKind = error.kind
         self._events.append(RequestFailed(request_id, kind, error.message, error.reason, error.field))
+
+
+def _output(sequence: Sequence, token: SampledToken, reason: FinishReason | None) -> SequenceOutput:
+    return SequenceOutput(
+        sequence.request_id,
+        token.token_id,
+        token.logprob,
+        token.rank,
+        token.top_tokens,
+        reason,
+        sequence.queue_seconds if sequence.num_generated == 1 else None,
+    )
 
 
 def _is_due(sequence: Sequence) -> bool:

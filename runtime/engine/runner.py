@@ -25,7 +25,7 @@ class Runner:
         self._block_tokens = block_tokens
         self._device = model.placement.device
         config = model.config
-        self._caches = make_caches(
+        self.caches = make_caches(
             config.num_hidden_layers,
             num_blocks * block_tokens,
             config.latent_width,
@@ -53,7 +53,7 @@ class Runner:
         """The same with logits of any token rows of the batch."""
         lora = self._lora_plan(batch)
         token_ids_T = self._index([token for chunk in batch.chunks for token in chunk.token_ids])
-        hidden_TH = self.model(token_ids_T, self._caches, self._attention_batch(batch), lora)
+        hidden_TH = self.model(token_ids_T, self.caches, self._attention_batch(batch), lora)
         rows_B = self._index(rows)
         return self.model.logits(hidden_TH[rows_B], rows_B, lora)
 

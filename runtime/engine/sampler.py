@@ -40,7 +40,7 @@ class Sampler:
         return tokens
 
     def _mask_early_end(self, logits_BV: Tensor, sequences: list[Sequence]) -> Tensor:
-        early = [row for row, sequence in enumerate(sequences) if sequence.num_generated < sequence.params.min_new_tokens]
+        early = [row for row, item in enumerate(sequences) if item.num_generated < item.params.min_new_tokens]
         if not early or not self._eos:
             return logits_BV
         masked_BV = logits_BV.clone()
@@ -67,7 +67,8 @@ def draw(logits_V: Tensor, sequence: Sequence) -> int:
     The number comes from the sequence's own generator, one per token, so a seed gives the same tokens alone, in any
     batch and after a preemption.
     """
-    probs_V = filtered_probabilities(logits_V, sequence.params.temperature, sequence.params.top_k, sequence.params.top_p)
+    params = sequence.params
+    probs_V = filtered_probabilities(logits_V, params.temperature, params.top_k, params.top_p)
     cumulative_V = probs_V.double().cumsum(-1)
     uniform = torch.rand((), generator=sequence.generator, dtype=torch.float64)
     target = uniform.to(cumulative_V.device) * cumulative_V[-1]

@@ -22,8 +22,12 @@ class SamplingParams:
         """Raise ValueError naming the field, its value and the allowed range."""
         checks = (
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, ">= 1"),
-            ("min_new_tokens", self.min_new_tokens, 0 <= self.min_new_tokens <= self.max_new_tokens,
-             f"0..max_new_tokens ({self.max_new_tokens})"),
+            (
+                "min_new_tokens",
+                self.min_new_tokens,
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                f"0..max_new_tokens ({self.max_new_tokens})",
+            ),
             ("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "0..100"),
             ("top_k", self.top_k, self.top_k >= 0, ">= 0"),
             ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, at most 1"),

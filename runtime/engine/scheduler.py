@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -135,6 +136,8 @@ class Scheduler:
             self.waiting.remove(sequence)
             sequence.blocks += self.blocks.allocate(needed)
             self.running.append(sequence)
+            if sequence.queue_seconds is None:
+                sequence.queue_seconds = time.monotonic() - sequence.arrived
             admitted.append(sequence)
             budget -= sequence.num_pending
         return admitted

@@ -16,7 +16,10 @@ from runtime.engine.sampling_params import SamplingParams
 
 @dataclass(eq=False)
 class Sequence:
-    """`token_ids` holds the prompt and what was generated; the first `num_computed` of them are in the cache."""
+    """`token_ids` holds the prompt and what was generated; the first `num_computed` of them are in the cache.
+
+    `queue_seconds` is the time it waited before it ran for the first time.
+    """
 
     request_id: RequestId
     token_ids: list[int]
@@ -28,6 +31,7 @@ class Sequence:
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
+    queue_seconds: float | None = None
 
     @classmethod
     def from_request(cls, request: AddRequest, adapter: AdapterRecord | None) -> Sequence:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from loaders.config_json import read_eos_token_ids
 from runtime.adapters.lora_plan import BASE_SLOT
 from runtime.adapters.store import AdapterStore, StoreLimits
 from runtime.config import EngineConfig
@@ -16,7 +17,6 @@ from runtime.engine.sampler import Sampler
 from runtime.engine.scheduler import Scheduler, SchedulerLimits
 from runtime.layers.placement import Placement
 from runtime.models.deepseek.config import DeepseekConfig
-from runtime.models.deepseek.eos import eos_token_ids
 from runtime.models.deepseek.model import load_model
 from runtime.ops.base import make_ops
 from runtime.ops.platform import open_device, resolve_dtype
@@ -46,7 +46,7 @@ def start(
     limits = StoreLimits(config.max_adapters, config.max_lora_rank, int(config.adapter_memory_gib * 2**30))
     adapters = AdapterStore(model_config.adapter_targets(), limits, device, dtype, wake)
     runner = Runner(model, adapters.pages, num_blocks, config.kv_block_tokens)
-    eos = eos_token_ids(config.model_path)
+    eos = read_eos_token_ids(config.model_path)
     scheduler_limits = SchedulerLimits(config.max_batch_tokens, config.max_batch_size, max_model_len, eos)
     scheduler = Scheduler(scheduler_limits, BlockPool(num_blocks, config.kv_block_tokens))
     runner.run(Batch([Chunk(RequestId(0), [0], 0, [0], BASE_SLOT, samples=True)]))

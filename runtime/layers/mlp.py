@@ -22,4 +22,5 @@ class GatedMlp(nn.Module):
     def forward(self, x_TH: Tensor, lora: StepLora | None) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
         gate = torch.nn.functional.silu(self.gate_proj(x_TH, lora))
-        return self.down_proj(gate * self.up_proj(x_TH, lora), lora)
+        down: Tensor = self.down_proj(gate * self.up_proj(x_TH, lora), lora)
+        return down

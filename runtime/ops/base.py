@@ -23,9 +23,7 @@ class Ops(ABC):
         """Rows in order; group g's `counts_G[g]` rows are multiplied by `weight_GKN[g]`. Counts sum to M."""
 
     @abstractmethod
-    def lora_add_(
-        self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor
-    ) -> None:
+    def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:
         """Add each row's LoRA delta: `y[m] += (x[m] @ a[p]) @ b[p]` with p = pages_M[m]; -1 adds nothing.
 
         Rows of one page are contiguous and pages ascend along the rows that have one. Several `bs` split the
@@ -47,10 +45,14 @@ class Ops(ABC):
         return reference.mla_decode(query_BHX, cache_SX, slots_BL, lens_B, scale, num_latent)
 
     def attend_block(
-        self, query_HTX: Tensor, key_HLX: Tensor, value_HLV: Tensor, scale: float, first_key_after: Tensor | None
+        self, query_HTX: Tensor, key_HLX: Tensor, value_HLV: Tensor, scale: float, *, causal: bool
     ) -> tuple[Tensor, Tensor]:
-        """Attention over one block of keys: output [H, T, V] and log-sum-exp [H, T], both float32."""
-        return reference.attend_block(query_HTX, key_HLX, value_HLV, scale, first_key_after)
+        """Attention over one block of keys: output [H, T, V] and log-sum-exp [H, T], both float32.
+
+        `causal`: the keys are those of the T queries themselves, and query t sees keys 0..t. X is the width of a
+        query and key, V that of a value.
+        """
+        return reference.attend_block(query_HTX, key_HLX, value_HLV, scale, causal=causal)
 
 
 def make_ops(device: torch.device) -> Ops:

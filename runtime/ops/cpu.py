@@ -11,13 +11,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
 from runtime.ops.base import Ops
 
 # Rows per group up to which embedding_bag beats a loop of matmuls (benchmarks/cpu_grouped_matmul.py).
 MAX_BAG_ROWS_PER_BASE_GROUP = 3
 MAX_BAG_ROWS_PER_LORA_PAGE = 8
+# oneDNN compiles and caches a kernel for each number of rows: milliseconds and half a megabyte for each.
+ROW_MULTIPLE = 16
 
 
 class CpuOps(Ops):
@@ -34,13 +36,12 @@ class CpuOps(Ops):
         start = 0
         for group, count in enumerate(counts):
             if count:
-                torch.mm(x_MK[start : start + count], weight_GKN[group], out=y_MN[start : start + count])
+                rows = _rounded_rows(start, count, x_MK.shape[0])
+                torch.mm(x_MK[rows], weight_GKN[group], out=y_MN[rows])
                 start += count
         return y_MN
 
-    def lora_add_(
-        self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor
-    ) -> None:
+    def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:
         """See `Ops.lora_add_`."""
         rows = (pages_M >= 0).nonzero().squeeze(1)
         if rows.numel() == 0:
@@ -50,6 +51,23 @@ class CpuOps(Ops):
             _bag_lora_add_(y_MN, x_MK, a_PKR, bs_PRN, rows, pages_M[rows])
         else:
             _loop_lora_add_(y_MN, x_MK, a_PKR, bs_PRN, rows, pages.tolist(), counts.tolist())
+
+    def attend_block(
+        self, query_HTX: Tensor, key_HLX: Tensor, value_HLV: Tensor, scale: float, *, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.attend_block`: PyTorch's flash kernel, which never holds the scores of a whole block."""
+        num_value = value_HLV.shape[2]
+        width = max(query_HTX.shape[2], num_value)
+        # The kernel wants queries, keys and values of one width; zeros change no product.
+        query, key, value = (pad(x, (0, width - x.shape[2]))[None] for x in (query_HTX, key_HLX, value_HLV))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse_HT = flash(query, key, value, 0.0, causal, scale=scale)
+        return out[0, ..., :num_value].float(), lse_HT[0]
+
+
+def _rounded_rows(start: int, count: int, num_rows: int) -> slice:
+    """A group's rows and some of the next group's, which that group then overwrites: few different sizes."""
+    return slice(start, min(start + -(-count // ROW_MULTIPLE) * ROW_MULTIPLE, num_rows))
 
 
 def _bag_matmul(x_MK: Tensor, weight_GKN: Tensor, groups_M: Tensor) -> Tensor:
@@ -88,9 +106,9 @@ def _loop_lora_add_(
     delta_MN = y_MN.new_empty(rows.numel(), y_MN.shape[1])
     start = 0
     for page, count in zip(pages, counts, strict=True):
-        stop = start + count
-        parts = torch.mm(x_rows[start:stop], a_PKR[page]).chunk(len(bs_PRN), dim=1)
-        for part, b_PRN, out in zip(parts, bs_PRN, delta_MN[start:stop].chunk(len(bs_PRN), dim=1), strict=True):
+        run = _rounded_rows(start, count, len(rows))
+        parts = torch.mm(x_rows[run], a_PKR[page]).chunk(len(bs_PRN), dim=1)
+        for part, b_PRN, out in zip(parts, bs_PRN, delta_MN[run].chunk(len(bs_PRN), dim=1), strict=True):
             torch.mm(part, b_PRN[page], out=out)
-        start = stop
+        start += count
     y_MN.index_add_(0, rows, delta_MN)

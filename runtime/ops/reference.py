@@ -67,23 +67,21 @@ def mla_decode(
 
 
 def attend_block(
-    query_HTX: Tensor, key_HLX: Tensor, value_HLV: Tensor, scale: float, first_key_after: Tensor | None
+    query_HTX: Tensor, key_HLX: Tensor, value_HLV: Tensor, scale: float, *, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Reference of `Ops.attend_block`. Query t sees keys below `first_key_after[t]` (None: all of the block)."""
+    """Reference of `Ops.attend_block`."""
     scores_HTL = torch.bmm(query_HTX, key_HLX.transpose(1, 2)).float() * scale
-    if first_key_after is not None:
-        keys_L = torch.arange(key_HLX.shape[1], device=key_HLX.device)
-        scores_HTL.masked_fill_(keys_L[None] >= first_key_after[:, None], float("-inf"))
+    if causal:
+        later = torch.ones_like(scores_HTL[0], dtype=torch.bool).triu(1)
+        scores_HTL.masked_fill_(later, float("-inf"))
     lse_HT = scores_HTL.logsumexp(-1)
-    # A query that sees no key of this block has lse = -inf; zero its weights instead of dividing inf by inf.
-    probs_HTL = (scores_HTL - lse_HT.clamp(min=-1e30)[..., None]).exp_()
+    probs_HTL = (scores_HTL - lse_HT[..., None]).exp_()
     return torch.bmm(probs_HTL.to(value_HLV.dtype), value_HLV).float(), lse_HT
 
 
 def merge_blocks(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Join two partial attentions over disjoint keys by their log-sum-exp; [H, T, V] and [H, T], float32."""
     merged = torch.logaddexp(lse, block_lse)
-    safe = merged.clamp(min=-1e30)
-    weight = (lse - safe).exp_()[..., None]
-    block_weight = (block_lse - safe).exp_()[..., None]
+    weight = (lse - merged).exp_()[..., None]
+    block_weight = (block_lse - merged).exp_()[..., None]
     return out * weight + block_out * block_weight, merged

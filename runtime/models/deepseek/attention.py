@@ -6,6 +6,8 @@ C latent width (kv_lora_rank), X = C + D, L context length.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +20,8 @@ from runtime.models.deepseek.config import DeepseekConfig
 from runtime.models.deepseek.rope import softmax_scale
 from runtime.ops.reference import merge_blocks, rotate_interleaved
 
-# Bound on heads x queries x keys of one block of prefill scores; 64 MiB in float32.
-MAX_BLOCK_SCORES = 2**24
+# Bound on the numbers of one block of a prefill: its scores, and the keys and values that it expands.
+MAX_BLOCK_NUMBERS = 2**24
 # The norms inside attention have this eps in DeepSeek's code, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
 
@@ -76,13 +78,15 @@ class MultiHeadLatentAttention(nn.Module):
             for span in batch.prefills:
                 rows = slice(span.start, span.stop)
                 query = torch.cat((query_nope[rows], query_rope[rows]), dim=-1)
-                out_THV[rows] = self._prefill(query, cache_SX, batch, span, lora)
+                out_THV[rows] = self._prefill(query, cache_SX, span, lora)
             if batch.decode_rows:
                 rows_B = batch.decode_rows_B
                 out_THV[rows_B] = self._decode(query_nope[rows_B], query_rope[rows_B], cache_SX, batch, lora)
-        return self.o_proj(out_THV.flatten(1), lora)
+        out_TK: Tensor = self.o_proj(out_THV.flatten(1), lora)
+        return out_TK
 
     def _queries(self, x_TK: Tensor, lora: StepLora | None) -> Tensor:
+        query: Tensor
         if self.has_query_latent:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TK, lora)), lora)
         else:
@@ -114,25 +118,20 @@ class MultiHeadLatentAttention(nn.Module):
             out_BHV[rows] += torch.einsum("bhr,rhv->bhv", latent_BHC[rows] @ a_CR, b_RHV)
         return out_BHV
 
-    def _prefill(
-        self, query_THX: Tensor, cache_SX: Tensor, batch: AttentionBatch, span: PrefillSpan, lora: StepLora | None
-    ) -> Tensor:
-        """A chunk of one sequence over its whole context, block by block of keys, so memory is bounded."""
-        num_queries, num_keys = span.stop - span.start, len(span.slots_L)
-        block = max(64, MAX_BLOCK_SCORES // (self.num_heads * num_queries))
+    def _prefill(self, query_THX: Tensor, cache_SX: Tensor, span: PrefillSpan, lora: StepLora | None) -> Tensor:
+        """A chunk of one sequence over its context, block by block of keys, then over itself: memory is bounded."""
+        num_queries = span.stop - span.start
+        num_context = len(span.slots_L) - num_queries
+        width = max(num_queries, self.nope + self.rope + self.value)
+        block = max(64, MAX_BLOCK_NUMBERS // (self.num_heads * width))
+        edges = [*range(0, num_context, block), num_context]
         query_HTX = query_THX.transpose(0, 1)
-        keys_seen_T = batch.positions_T[span.start : span.stop] + 1
-        merged: tuple[Tensor, Tensor] | None = None
-        for start in range(0, num_keys, block):
-            stop = min(start + block, num_keys)
+        key_HLX, value_HLV = self._expand(cache_SX[span.slots_L[num_context:]], span.sequence, lora)
+        merged = self.ops.attend_block(query_HTX, key_HLX, value_HLV, self.scale, causal=True)
+        for start, stop in pairwise(edges):
             key_HLX, value_HLV = self._expand(cache_SX[span.slots_L[start:stop]], span.sequence, lora)
-            is_past = stop <= num_keys - num_queries + 1
-            part = self.ops.attend_block(
-                query_HTX, key_HLX, value_HLV, self.scale, None if is_past else keys_seen_T - start
-            )
-            merged = part if merged is None else merge_blocks(*merged, *part)
-        if merged is None:
-            raise RuntimeError("a prefill span without keys")
+            part = self.ops.attend_block(query_HTX, key_HLX, value_HLV, self.scale, causal=False)
+            merged = merge_blocks(*merged, *part)
         return merged[0].to(query_THX.dtype).transpose(0, 1)
 
     def _expand(self, rows_LX: Tensor, sequence: int, lora: StepLora | None) -> tuple[Tensor, Tensor]:

@@ -71,19 +71,38 @@ class DeepseekConfig:
         checks = (
             ("model_type", self.model_type, self.model_type in MODEL_TYPES, f"one of {', '.join(MODEL_TYPES)}"),
             ("scoring_func", self.scoring_func, self.scoring_func in ("sigmoid", "softmax"), "sigmoid or softmax"),
-            ("topk_method", self.topk_method, self.topk_method in ("noaux_tc", "greedy", "group_limited_greedy"),
-             "noaux_tc, greedy or group_limited_greedy"),
+            (
+                "topk_method",
+                self.topk_method,
+                self.topk_method in ("noaux_tc", "greedy", "group_limited_greedy"),
+                "noaux_tc, greedy or group_limited_greedy",
+            ),
             ("qk_rope_head_dim", self.qk_rope_head_dim, self.qk_rope_head_dim % 2 == 0, "an even number"),
-            ("n_group", self.n_group, self.n_group >= 1 and self.n_routed_experts % self.n_group == 0,
-             f"a divisor of n_routed_experts ({self.n_routed_experts})"),
+            (
+                "n_group",
+                self.n_group,
+                self.n_group >= 1 and self.n_routed_experts % self.n_group == 0,
+                f"a divisor of n_routed_experts ({self.n_routed_experts})",
+            ),
             ("topk_group", self.topk_group, 1 <= self.topk_group <= self.n_group, f"1..n_group ({self.n_group})"),
-            ("num_experts_per_tok", self.num_experts_per_tok,
-             1 <= self.num_experts_per_tok <= self.n_routed_experts // self.n_group * self.topk_group,
-             "at most the experts of the chosen groups"),
-            ("scoring_func", self.scoring_func, (self.scoring_func == "sigmoid") == (self.topk_method == "noaux_tc"),
-             "sigmoid with noaux_tc, softmax with greedy or group_limited_greedy"),
-            ("norm_topk_prob", self.norm_topk_prob, self.scoring_func == "sigmoid" or not self.norm_topk_prob,
-             "false with softmax scoring"),
+            (
+                "num_experts_per_tok",
+                self.num_experts_per_tok,
+                1 <= self.num_experts_per_tok <= self.n_routed_experts // self.n_group * self.topk_group,
+                "at most the experts of the chosen groups",
+            ),
+            (
+                "scoring_func",
+                self.scoring_func,
+                (self.scoring_func == "sigmoid") == (self.topk_method == "noaux_tc"),
+                "sigmoid with noaux_tc, softmax with greedy or group_limited_greedy",
+            ),
+            (
+                "norm_topk_prob",
+                self.norm_topk_prob,
+                self.scoring_func == "sigmoid" or not self.norm_topk_prob,
+                "false with softmax scoring",
+            ),
         )
         for name, value, ok, allowed in checks:
             if not ok:

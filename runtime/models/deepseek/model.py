@@ -45,8 +45,9 @@ class DecoderLayer(nn.Module):
         lora: StepLora | None,
     ) -> Tensor:
         """[T, H] -> [T, H]."""
-        x_TH = x_TH + self.self_attn(self.input_layernorm(x_TH), cos_sin, cache_SX, batch, lora)
-        return x_TH + self.mlp(self.post_attention_layernorm(x_TH), lora)
+        after_attention: Tensor = x_TH + self.self_attn(self.input_layernorm(x_TH), cos_sin, cache_SX, batch, lora)
+        output: Tensor = after_attention + self.mlp(self.post_attention_layernorm(after_attention), lora)
+        return output
 
 
 class DeepseekModel(nn.Module):
@@ -73,7 +74,8 @@ class DeepseekModel(nn.Module):
         rotation = cos_sin(batch.positions_T, self.inverse_frequencies, self.rotary_scale)
         for layer, cache_SX in zip(self.layers, caches, strict=True):
             x_TH = layer(x_TH, rotation, cache_SX, batch, lora)
-        return self.norm(x_TH)
+        normed: Tensor = self.norm(x_TH)
+        return normed
 
     def logits(self, hidden_BH: Tensor, rows_B: Tensor, lora: StepLora | None) -> Tensor:
         """Logits [B, vocabulary] in float32 of the hidden states of the step's tokens `rows_B`."""
@@ -84,7 +86,10 @@ class DeepseekModel(nn.Module):
 
     def destinations(self) -> dict[str, Tensor]:
         """Name on disk -> the memory that its tensor goes to (for experts a view into the stacked weights)."""
-        named: dict[str, Tensor] = {"model.embed_tokens.weight": self.embed_tokens, "model.norm.weight": self.norm.weight}
+        named: dict[str, Tensor] = {
+            "model.embed_tokens.weight": self.embed_tokens,
+            "model.norm.weight": self.norm.weight,
+        }
         if not self.config.tie_word_embeddings:
             named["lm_head.weight"] = self.lm_head.weight
         for index, layer in enumerate(self.layers):

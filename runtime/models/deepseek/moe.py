@@ -63,5 +63,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_TH: Tensor, lora: StepLora | None) -> Tensor:
         """[T, H] -> [T, H]."""
         weights, experts = self.gate(x_TH)
-        routed = self.experts(x_TH, weights, experts, lora)
-        return routed if self.shared_experts is None else routed + self.shared_experts(x_TH, lora)
+        routed: Tensor = self.experts(x_TH, weights, experts, lora)
+        if self.shared_experts is not None:
+            routed += self.shared_experts(x_TH, lora)
+        return routed

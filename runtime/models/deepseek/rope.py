@@ -38,9 +38,10 @@ def rotary_scale(config: DeepseekConfig) -> float:
 
 def softmax_scale(config: DeepseekConfig) -> float:
     """(nope + rope)^-0.5 times the square of mscale(factor, mscale_all_dim)."""
-    scale = config.qk_head_dim**-0.5
+    scale: float = config.qk_head_dim**-0.5
     if config.yarn is not None and config.yarn.mscale_all_dim:
-        scale *= _mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
+        mscale = _mscale(config.yarn.factor, config.yarn.mscale_all_dim)
+        scale *= mscale * mscale
     return scale
 
 

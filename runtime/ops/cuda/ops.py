@@ -18,9 +18,7 @@ class CudaOps(Ops):
         offsets = counts_G.cumsum(0).to(torch.int32)
         return torch.nn.functional.grouped_mm(x_MK, weight_GKN, offs=offsets)
 
-    def lora_add_(
-        self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor
-    ) -> None:
+    def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:
         """See `Ops.lora_add_`. Rows without a page are moved past the end of the group list and masked."""
         num_pages = a_PKR.shape[0]
         has_page = pages_M >= 0
