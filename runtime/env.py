@@ -1,0 +1,30 @@
+"""The only place that reads the environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+
+def configure_logging() -> None:
+    """Log to stderr at the level of GRAFT_LOG_LEVEL (default INFO)."""
+    level = os.environ.get("GRAFT_LOG_LEVEL", "INFO").upper()
+    logging.basicConfig(
+        stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(processName)s %(name)s: %(message)s"
+    )
+
+
+def default_server() -> str:
+    """Where `graft generate` sends requests: GRAFT_SERVER, or the default port on this host."""
+    return os.environ.get("GRAFT_SERVER", "127.0.0.1:8033")
+
+
+def default_admin() -> str:
+    """Where `graft adapters` sends calls: GRAFT_ADMIN, or the default admin port on this host."""
+    return os.environ.get("GRAFT_ADMIN", "127.0.0.1:8034")
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a Python child that sees the same modules as this process."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}

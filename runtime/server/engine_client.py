@@ -1,0 +1,241 @@
+"""The front-end's view of the engine process: start it, send commands, hand each event to whoever waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+
+from runtime.config import EngineConfig
+from runtime.engine.messages import (
+    AdapterInfo,
+    AdapterReply,
+    AddRequest,
+    CallFailed,
+    CallId,
+    CancelRequest,
+    Command,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    ListAdapters,
+    LoadAdapter,
+    RequestFailed,
+    RequestId,
+    SequenceOutput,
+    Shutdown,
+    StepOutputs,
+    UnloadAdapter,
+)
+from runtime.engine.process import DEFAULT_ENGINE
+from runtime.engine.sampling_params import SamplingParams
+from runtime.engine.transport import TransportError, encode, receive
+from runtime.env import child_environment
+from runtime.errors import ErrorKind, Exhausted, GraftError, Internal, Unavailable, error_of_kind
+
+MAX_QUEUED_OUTPUTS = 4096
+STOP_SECONDS = 10.0
+RETRY_SECONDS = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class OutputStream:
+    """The outputs of one request, in a bounded queue: a reader that falls behind loses its own request only."""
+
+    def __init__(self, request_id: RequestId, close: Callable[[OutputStream], None]) -> None:
+        self.request_id = request_id
+        self.ended = False
+        self._close = close
+        self._queue: asyncio.Queue[SequenceOutput | GraftError] = asyncio.Queue(MAX_QUEUED_OUTPUTS + 1)
+
+    def push(self, item: SequenceOutput | GraftError) -> None:
+        """Called by the client: the next output, or the error that ends the request."""
+        if self.ended:
+            return
+        if self._queue.qsize() >= MAX_QUEUED_OUTPUTS:
+            message = f"{MAX_QUEUED_OUTPUTS} tokens wait to be read; the request was ended"
+            item = Exhausted(message, reason="SLOW_READER")
+            self._close(self)
+        self.ended = isinstance(item, GraftError) or item.finish_reason is not None
+        self._queue.put_nowait(item)
+
+    async def __aiter__(self) -> AsyncIterator[SequenceOutput]:
+        """Outputs until the one with a finish reason; raises the error that ended the request, if one did."""
+        while True:
+            item = await self._queue.get()
+            if isinstance(item, GraftError):
+                raise item
+            yield item
+            if item.finish_reason is not None:
+                return
+
+    def close(self) -> None:
+        """Forget the request; if it still runs, the engine frees it."""
+        self._close(self)
+
+
+class EngineClient:
+    """Owns the engine process and everything that waits for it."""
+
+    def __init__(self, config: EngineConfig, engine_class: str = DEFAULT_ENGINE) -> None:
+        self.stats = EngineStats()
+        self.dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._config = config
+        self._engine_class = engine_class
+        self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
+        self._streams: dict[RequestId, OutputStream] = {}
+        self._calls: dict[CallId, asyncio.Future[list[AdapterInfo]]] = {}
+        self._ids = itertools.count(1)
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+
+    async def start(self) -> EngineReady:
+        """Start the process and wait until it can serve; raises Internal with the engine's own reason if it cannot."""
+        ours, theirs = socket.socketpair()
+        command = (sys.executable, "-m", "runtime.engine.process", str(theirs.fileno()), self._engine_class)
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                *command, pass_fds=[theirs.fileno()], env=child_environment()
+            )
+        reader, self._writer = await asyncio.open_unix_connection(sock=ours)
+        self._writer.write(encode(self._config))
+        self._reading = asyncio.create_task(self._read_events(reader), name="engine-events")
+        return await asyncio.shield(self._ready)
+
+    @property
+    def ready(self) -> EngineReady:
+        """What the engine said when it came up; raises Unavailable before that."""
+        if not self._ready.done():
+            raise Unavailable("the engine is starting", reason="STARTING", retry_seconds=1.0)
+        return self._ready.result()
+
+    def add(
+        self, prompt_ids: list[int], params: SamplingParams, adapter: str | None, deadline: float | None
+    ) -> OutputStream:
+        """Start a request; its outputs come through the stream, which must be closed."""
+        request_id = RequestId(next(self._ids))
+        self._send(AddRequest(request_id, prompt_ids, params, adapter, deadline))
+        stream = self._streams[request_id] = OutputStream(request_id, self._close_stream)
+        return stream
+
+    async def load_adapter(self, name: str, path: str, expected_digest: str = "") -> AdapterInfo:
+        """Load a folder under a name; returns when requests may name it."""
+        call_id = CallId(next(self._ids))
+        return (await self._call(LoadAdapter(call_id, name, path, expected_digest)))[0]
+
+    async def unload_adapter(self, name: str, allow_missing: bool = False) -> AdapterInfo | None:
+        """Take no new requests for a name; None if nothing was loaded and that is allowed."""
+        adapters = await self._call(UnloadAdapter(CallId(next(self._ids)), name, allow_missing))
+        return adapters[0] if adapters else None
+
+    async def list_adapters(self, name: str = "") -> list[AdapterInfo]:
+        """All adapters by name, or the named one; raises NotFound."""
+        adapters = await self._call(ListAdapters(CallId(next(self._ids)), name))
+        return sorted(adapters, key=lambda adapter: adapter.name)
+
+    async def _call(self, command: LoadAdapter | UnloadAdapter | ListAdapters) -> list[AdapterInfo]:
+        future: asyncio.Future[list[AdapterInfo]] = asyncio.get_running_loop().create_future()
+        self._calls[command.call_id] = future
+        try:
+            self._send(command)
+            return await future
+        finally:
+            self._calls.pop(command.call_id, None)
+
+    def fail_requests(self, error: GraftError) -> None:
+        """End every running request with an error."""
+        for stream in list(self._streams.values()):
+            stream.push(error)
+            stream.close()
+
+    async def stop(self) -> None:
+        """End the process after its current step, by force if it does not answer."""
+        if self._process is None:
+            return
+        if self._writer is not None and not self.dead.done():
+            self._writer.write(encode(Shutdown()))
+        try:
+            await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+        except TimeoutError:
+            logger.warning("the engine did not stop within %.0f s; killing it", STOP_SECONDS)
+            self._process.kill()
+            await self._process.wait()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+            if self._reading is not None:
+                await self._reading
+
+    def _send(self, command: Command) -> None:
+        if self.dead.done():
+            raise Unavailable("the engine has stopped", reason="ENGINE_STOPPED")
+        if self._writer is None or not self._ready.done():
+            raise Unavailable("the engine is starting", reason="STARTING", retry_seconds=1.0)
+        self._writer.write(encode(command))
+
+    def _close_stream(self, stream: OutputStream) -> None:
+        if self._streams.pop(stream.request_id, None) and not stream.ended and not self.dead.done():
+            self._send(CancelRequest(stream.request_id))
+        stream.ended = True
+
+    async def _read_events(self, reader: asyncio.StreamReader) -> None:
+        """Supervises the process: its events until it ends, and then an error for everything that still waits."""
+        reason = "the engine process ended"
+        try:
+            while (event := await receive(reader)) is not None:
+                if isinstance(event, EngineFailed):
+                    reason = event.message
+                else:
+                    self._dispatch(event)
+        except TransportError:
+            logger.exception("the engine sent what is not a message")
+        finally:
+            self._die(reason)
+
+    def _dispatch(self, event: object) -> None:
+        match event:
+            case StepOutputs(outputs, stats):
+                self.stats = stats
+                for output in outputs:
+                    if (stream := self._streams.get(output.request_id)) is not None:
+                        stream.push(output)
+            case RequestFailed(request_id, kind, message, reason, field):
+                if (stream := self._streams.get(request_id)) is not None:
+                    stream.push(_request_error(kind, message, reason, field))
+            case AdapterReply(call_id, adapters):
+                if (future := self._calls.get(call_id)) is not None and not future.done():
+                    future.set_result(adapters)
+            case CallFailed(call_id, kind, message, reason, field, problems):
+                error = error_of_kind(kind, message, reason=reason, field=field, problems=problems)
+                if (future := self._calls.get(call_id)) is not None and not future.done():
+                    future.set_exception(error)
+                else:
+                    logger.warning("an adapter call failed after its caller had gone: %s", message)
+            case EngineReady():
+                self._ready.set_result(event)
+            case _:
+                raise TransportError(f"an engine does not send {type(event).__name__}")
+
+    def _die(self, reason: str) -> None:
+        error = Internal("the engine stopped while the request ran", reason="ENGINE_STOPPED")
+        self.dead.set_result(reason)
+        if not self._ready.done():
+            self._ready.set_exception(Internal(f"the engine did not start: {reason}", reason="ENGINE_START_FAILED"))
+            self._ready.exception()  # seen: nobody may be waiting any more
+        self.fail_requests(error)
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(error)
+
+
+def _request_error(kind: ErrorKind, message: str, reason: str, field: str) -> GraftError:
+    """A full queue empties soon, so the client is told when to come back."""
+    error = error_of_kind(kind, message, reason=reason, field=field, problems=())
+    if kind is ErrorKind.RESOURCE_EXHAUSTED:
+        error.retry_seconds = RETRY_SECONDS
+    return error

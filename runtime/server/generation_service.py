@@ -1,0 +1,166 @@
+"""`fmaas.GenerationService`: the TGIS contract, as its existing clients know it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, TypeAlias
+
+import grpc
+
+from loaders.tokenizer import Tokenizer
+from runtime.engine.messages import SequenceOutput
+from runtime.errors import InvalidRequest, NotFound
+from runtime.pb.fmaas import generation_pb2 as pb
+from runtime.pb.fmaas import generation_pb2_grpc as pb_grpc
+from runtime.server.engine_client import EngineClient
+from runtime.server.gate import Gate
+from runtime.server.generation import PreparedRequest, Progress, TextGenerator
+from runtime.server.validation import ResponseDetail, validate_adapter_id, validate_parameters
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class GenerationService(pb_grpc.GenerationServiceServicer):
+    """The four RPCs. `generator` is set when the engine is ready; until then the gate is shut."""
+
+    generator: TextGenerator
+
+    def __init__(self, client: EngineClient, gate: Gate) -> None:
+        self._client = client
+        self._gate = gate
+
+    async def Generate(self, request: pb.BatchedGenerationRequest, context: Context) -> pb.BatchedGenerationResponse:
+        """All texts of the batch, or one error for all of it."""
+        with self._gate.enter(), _tgis_errors():
+            adapter = validate_adapter_id(request.adapter_id, request.prefix_id)
+            limits = self.generator.limits
+            options = validate_parameters(request.params, limits)
+            if len(request.requests) > limits.max_batch_requests:
+                message = f"{len(request.requests)} requests in one batch; the limit is {limits.max_batch_requests}"
+                raise InvalidRequest(message, reason="BATCH_TOO_LARGE", field="requests")
+            prepared = [
+                await self.generator.prepare(item.text, options, adapter, f"requests[{index}].text")
+                for index, item in enumerate(request.requests)
+            ]
+            return pb.BatchedGenerationResponse(responses=await self._complete_all(prepared))
+
+    async def GenerateStream(
+        self, request: pb.SingleGenerationRequest, context: Context
+    ) -> AsyncIterator[pb.GenerationResponse]:
+        """First the input's count, then pieces of text, and the stop reason with the last."""
+        with self._gate.enter(), _tgis_errors():
+            adapter = validate_adapter_id(request.adapter_id, request.prefix_id)
+            options = validate_parameters(request.params, self.generator.limits)
+            prepared = await self.generator.prepare(request.request.text, options, adapter, "request.text")
+            async with aclosing(self.generator.run(prepared)) as progresses:
+                is_first = True
+                async for progress in progresses:
+                    if is_first:
+                        yield _head(prepared, self.generator.tokenizer)
+                        is_first = False
+                    response = self._delta(prepared, progress)
+                    if response.text or response.tokens or response.stop_reason != pb.NOT_FINISHED:
+                        yield response
+
+    async def Tokenize(self, request: pb.BatchedTokenizeRequest, context: Context) -> pb.BatchedTokenizeResponse:
+        """Counts, and on request the tokens and their places in the text."""
+        self._gate.check()
+        with _tgis_errors():
+            if adapter := validate_adapter_id(request.adapter_id, request.prefix_id):
+                await self._client.list_adapters(adapter)
+            limit = self.generator.limits.max_batch_requests
+            if len(request.requests) > limit:
+                message = f"{len(request.requests)} texts in one batch; the limit is {limit}"
+                raise InvalidRequest(message, reason="BATCH_TOO_LARGE", field="requests")
+            responses = [await asyncio.to_thread(self._tokenize_one, item.text, request) for item in request.requests]
+        return pb.BatchedTokenizeResponse(responses=responses)
+
+    async def ModelInfo(self, request: pb.ModelInfoRequest, context: Context) -> pb.ModelInfoResponse:
+        """The kind of model and its limits."""
+        self._gate.check()
+        limits = self.generator.limits
+        return pb.ModelInfoResponse(
+            model_kind=pb.ModelInfoResponse.DECODER_ONLY,
+            max_sequence_length=limits.max_model_len,
+            max_new_tokens=limits.max_new_tokens,
+        )
+
+    async def _complete_all(self, prepared: list[PreparedRequest]) -> list[pb.GenerationResponse]:
+        """Run all together; the first failure ends the others."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._complete(item)) for item in prepared]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _complete(self, prepared: PreparedRequest) -> pb.GenerationResponse:
+        response = _head(prepared, self.generator.tokenizer)
+        texts = [response.text]
+        async with aclosing(self.generator.run(prepared)) as progresses:
+            async for progress in progresses:
+                delta = self._delta(prepared, progress)
+                texts.append(delta.text)
+                delta.ClearField("text")
+                response.MergeFrom(delta)
+        response.text = "".join(texts)
+        return response
+
+    def _delta(self, prepared: PreparedRequest, progress: Progress) -> pb.GenerationResponse:
+        response = pb.GenerationResponse(
+            text=progress.text,
+            generated_token_count=progress.num_generated,
+            stop_reason=progress.stop_reason,
+            stop_sequence=progress.stop_sequence,
+        )
+        if prepared.options.detail.generated_tokens:
+            for output in progress.outputs:
+                response.tokens.append(_token_info(output, prepared.options.detail, self.generator.tokenizer))
+        return response
+
+    def _tokenize_one(self, text: str, request: pb.BatchedTokenizeRequest) -> pb.TokenizeResponse:
+        tokenizer = self.generator.tokenizer
+        token_ids, offsets = tokenizer.encode_with_offsets(text)
+        keep = slice(-request.truncate_input_tokens or None, None)
+        token_ids, offsets = token_ids[keep], offsets[keep]
+        response = pb.TokenizeResponse(token_count=len(token_ids))
+        if request.return_tokens:
+            response.tokens.extend(tokenizer.token_text(token_id) for token_id in token_ids)
+        if request.return_offsets:
+            response.offsets.extend(pb.TokenizeResponse.Offset(start=start, end=end) for start, end in offsets)
+        return response
+
+
+def _head(prepared: PreparedRequest, tokenizer: Tokenizer) -> pb.GenerationResponse:
+    """What is known before the first token."""
+    response = pb.GenerationResponse(input_token_count=len(prepared.prompt_ids))
+    if not prepared.options.is_greedy:
+        response.seed = prepared.params.seed
+    if prepared.options.detail.input_text:
+        response.text = prepared.prompt
+    if prepared.options.detail.input_tokens:
+        response.input_tokens.extend(pb.TokenInfo(text=tokenizer.token_text(i)) for i in prepared.prompt_ids)
+    return response
+
+
+def _token_info(output: SequenceOutput, detail: ResponseDetail, tokenizer: Tokenizer) -> pb.TokenInfo:
+    info = pb.TokenInfo(text=tokenizer.token_text(output.token_id))
+    if detail.logprobs:
+        info.logprob = output.logprob
+    if detail.ranks:
+        info.rank = output.rank
+    for top in output.top_tokens[: detail.num_top_tokens]:
+        entry: dict[str, Any] = {"logprob": top.logprob} if detail.logprobs else {}
+        info.top_tokens.add(text=tokenizer.token_text(top.token_id), **entry)
+    return info
+
+
+@contextmanager
+def _tgis_errors() -> Iterator[None]:
+    """TGIS clients know an unknown adapter as INVALID_ARGUMENT; the reason still says what it is."""
+    try:
+        yield
+    except NotFound as error:
+        raise InvalidRequest(error.message, reason=error.reason, field="adapter_id") from error

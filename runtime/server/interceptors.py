@@ -1,0 +1,82 @@
+"""Around every RPC of ours: what is raised inside becomes a gRPC status, and failures are counted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from runtime.errors import GraftError, Internal
+from runtime.server.metrics import Metrics
+from runtime.server.status import abort, code_of
+
+OUR_PACKAGES = ("/fmaas.", "/graft.")
+
+logger = logging.getLogger(__name__)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Maps GraftError to its status; anything else is INTERNAL with an id that stands in the log beside the trace."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wrap the handlers of our own services; health and reflection speak for themselves."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(OUR_PACKAGES):
+            return handler
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                self._wrap_stream(handler.unary_stream, method),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._wrap_unary(handler.unary_unary, method), handler.request_deserializer, handler.response_serializer
+        )
+
+    def _wrap_unary(self, inner: Any, method: str) -> Any:
+        async def call(request: Any, context: Any) -> Any:
+            try:
+                return await inner(request, context)
+            except asyncio.CancelledError:
+                self._metrics.count_failure("CANCELLED", "CANCELLED")
+                raise
+            except Exception as error:  # noqa: BLE001  # the border: every error becomes a status
+                await abort(context, self._as_graft_error(error, method))
+
+        return call
+
+    def _wrap_stream(self, inner: Any, method: str) -> Any:
+        async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+            responses = inner(request, context)
+            try:
+                async for response in responses:
+                    yield response
+            except (asyncio.CancelledError, GeneratorExit):
+                self._metrics.count_failure("CANCELLED", "CANCELLED")
+                raise
+            except Exception as error:  # noqa: BLE001  # the border: every error becomes a status
+                await abort(context, self._as_graft_error(error, method))
+            finally:
+                await responses.aclose()
+
+        return call
+
+    def _as_graft_error(self, error: Exception, method: str) -> GraftError:
+        if not isinstance(error, GraftError):
+            error_id = uuid.uuid4().hex[:12]
+            logger.error("%s failed, error %s", method, error_id, exc_info=error)
+            error = Internal(f"internal error {error_id}; the server's log has the details", reason="INTERNAL")
+        self._metrics.count_failure(code_of(error.kind).name, error.reason)
+        return error

@@ -1,0 +1,23 @@
+"""Every bound that the API puts on a request, in one place."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for; the TGIS contract's numbers where it has them."""
+
+    max_model_len: int
+    max_new_tokens: int = 1024
+    default_max_new_tokens: int = 20
+    max_stop_sequences: int = 6
+    max_stop_sequence_bytes: int = 240
+    max_top_n_tokens: int = 10
+    min_temperature: float = 0.05
+    max_temperature: float = 100.0
+    max_batch_requests: int = 256

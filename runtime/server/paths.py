@@ -1,0 +1,54 @@
+"""From a path that an operator names to a folder that is certainly inside the adapters root."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path, PurePosixPath
+
+from runtime.errors import InvalidRequest, NotFound, Precondition
+
+
+def resolve_source_path(root: Path | None, source_path: str) -> Path:
+    """The folder to load; raises a GraftError unless it lies under `root` with no link on the way or inside."""
+    if root is None:
+        message = "the server was started without --adapters-root, so adapters cannot be loaded by path"
+        raise Precondition(message, reason="ADAPTERS_ROOT_NOT_SET", field="source_path")
+    relative = PurePosixPath(source_path)
+    if not source_path or "\0" in source_path or relative.is_absolute() or ".." in relative.parts:
+        raise _refused("source_path must be a path relative to the adapters root, without '..'")
+    folder = root.resolve()
+    for part in relative.parts:
+        folder = folder / part
+        _require_folder(folder, source_path)
+    if folder == root.resolve():
+        raise _refused("source_path must name a folder below the adapters root")
+    for entry in folder.iterdir():
+        if entry.is_symlink():
+            raise _refused(f"{source_path}/{entry.name} is a symbolic link")
+    return folder
+
+
+def display_path(root: Path | None, path: str) -> str:
+    """A path as operators know it: relative to the root, or nothing if it lies elsewhere."""
+    if root is None or not path:
+        return ""
+    try:
+        return str(Path(path).relative_to(root.resolve()))
+    except ValueError:
+        return ""
+
+
+def _require_folder(path: Path, source_path: str) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except (OSError, ValueError) as error:
+        message = f"there is no folder {source_path!r} under the adapters root"
+        raise NotFound(message, reason="ADAPTER_PATH_NOT_FOUND", field="source_path") from error
+    if stat.S_ISLNK(mode):
+        raise _refused(f"{source_path!r} goes through a symbolic link")
+    if not stat.S_ISDIR(mode):
+        raise _refused(f"{source_path!r} is not a folder")
+
+
+def _refused(message: str) -> InvalidRequest:
+    return InvalidRequest(message, reason="PATH_NOT_ALLOWED", field="source_path")

@@ -1,0 +1,204 @@
+"""The one place where a client's parameters are checked: fmaas messages in, plain checked options out."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from dataclasses import dataclass
+
+from runtime.engine.sampling_params import SamplingParams
+from runtime.errors import InvalidRequest
+from runtime.pb.fmaas import generation_pb2 as pb
+from runtime.server.limits import ADAPTER_ID, Limits
+
+
+@dataclass(frozen=True)
+class ResponseDetail:
+    """What the client wants to see besides the text."""
+
+    input_text: bool = False
+    generated_tokens: bool = False
+    input_tokens: bool = False
+    logprobs: bool = False
+    ranks: bool = False
+    num_top_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """One request's parameters after all checks; `seed` None means that the server draws one."""
+
+    sampling: SamplingParams
+    is_greedy: bool = True
+    seed: int | None = None
+    stop_sequences: tuple[str, ...] = ()
+    include_stop_sequence: bool = True
+    time_limit_seconds: float | None = None
+    truncate_input_tokens: int = 0
+    detail: ResponseDetail = ResponseDetail()
+
+
+def validate_parameters(params: pb.Parameters, limits: Limits) -> GenerationOptions:
+    """Check everything that does not depend on the prompt; raises InvalidRequest with the field's path."""
+    _refuse_unsupported(params)
+    stopping = params.stopping
+    detail = _validate_detail(params.response, limits)
+    sampling = _validate_sampling(params, limits)
+    sampling = dataclasses.replace(
+        sampling,
+        logprobs=detail.logprobs or detail.ranks or detail.num_top_tokens > 0,
+        num_top_tokens=detail.num_top_tokens,
+    )
+    include = stopping.include_stop_sequence if stopping.HasField("include_stop_sequence") else True
+    return GenerationOptions(
+        sampling=sampling,
+        is_greedy=sampling.temperature == 0.0,
+        seed=params.sampling.seed if params.sampling.HasField("seed") else None,
+        stop_sequences=_validate_stop_sequences(stopping, limits),
+        include_stop_sequence=include,
+        time_limit_seconds=stopping.time_limit_millis / 1000 if stopping.time_limit_millis else None,
+        truncate_input_tokens=params.truncate_input_tokens,
+        detail=detail,
+    )
+
+
+def fit_to_context(
+    options: GenerationOptions, num_prompt_tokens: int, limits: Limits, text_field: str
+) -> tuple[SamplingParams, bool]:
+    """Sampling parameters that fit behind this prompt, and whether the context, not the client, set their length."""
+    room = limits.max_model_len - num_prompt_tokens
+    sampling = options.sampling
+    if num_prompt_tokens == 0:
+        raise _invalid("EMPTY_PROMPT", text_field, "the prompt has no tokens")
+    if room < max(1, sampling.min_new_tokens):
+        raise _invalid(
+            "PROMPT_TOO_LONG",
+            text_field,
+            f"the prompt has {num_prompt_tokens} tokens; with at least {max(1, sampling.min_new_tokens)} new tokens "
+            f"that is over the limit of {limits.max_model_len} (max_sequence_length)",
+        )
+    seed = 0 if options.is_greedy else secrets.randbits(64) if options.seed is None else options.seed
+    max_new_tokens = min(sampling.max_new_tokens, room)
+    fitted = dataclasses.replace(sampling, seed=seed, max_new_tokens=max_new_tokens)
+    return fitted, max_new_tokens < sampling.max_new_tokens
+
+
+def validate_adapter_id(adapter_id: str, prefix_id: str) -> str | None:
+    """The adapter that a request names, None for the base."""
+    if prefix_id:
+        raise _unsupported("prefix_id", "prefix_id is not supported; use adapter_id")
+    if adapter_id and not ADAPTER_ID.fullmatch(adapter_id):
+        raise _invalid("ADAPTER_ID_INVALID", "adapter_id", f"adapter_id must match {ADAPTER_ID.pattern}")
+    return adapter_id or None
+
+
+def _refuse_unsupported(params: pb.Parameters) -> None:
+    """What the contract has and this server does not do yet is refused by name, never ignored."""
+    typical_p, decoding = params.sampling.typical_p, params.decoding
+    _require(0.0 <= typical_p <= 1.0, "params.sampling.typical_p", typical_p, "0..1")
+    if typical_p not in (0.0, 1.0):
+        raise _unsupported("params.sampling.typical_p", "typical_p is not supported yet")
+    penalty = decoding.repetition_penalty
+    _require(0.0 <= penalty <= 2.0, "params.decoding.repetition_penalty", penalty, "above 0, at most 2")
+    if penalty not in (0.0, 1.0):
+        raise _unsupported("params.decoding.repetition_penalty", "repetition_penalty is not supported yet")
+    if decoding.HasField("length_penalty"):
+        raise _unsupported("params.decoding.length_penalty", "length_penalty is not supported yet")
+    guided = decoding.WhichOneof("guided")
+    if guided is not None and not (guided == "format" and decoding.format == pb.DecodingParameters.TEXT):
+        raise _unsupported(f"params.decoding.{guided}", f"guided decoding ({guided}) is not supported yet")
+
+
+def _validate_sampling(params: pb.Parameters, limits: Limits) -> SamplingParams:
+    sampling, stopping = params.sampling, params.stopping
+    if params.method not in (pb.GREEDY, pb.SAMPLE):
+        raise _invalid("INVALID_PARAMETER", "params.method", f"method {params.method} is not known")
+    temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
+    _require(
+        temperature == 0.0 or limits.min_temperature <= temperature <= limits.max_temperature,
+        "params.sampling.temperature",
+        temperature,
+        f"0 (greedy) or {limits.min_temperature}..{limits.max_temperature}",
+    )
+    _require(0.0 <= sampling.top_p <= 1.0, "params.sampling.top_p", sampling.top_p, "0 (off)..1")
+    max_new, min_new = stopping.max_new_tokens, stopping.min_new_tokens
+    _require(
+        max_new <= limits.max_new_tokens,
+        "params.stopping.max_new_tokens",
+        max_new,
+        f"0 (default {limits.default_max_new_tokens})..{limits.max_new_tokens}",
+    )
+    max_new = max_new or limits.default_max_new_tokens
+    _require(min_new <= max_new, "params.stopping.min_new_tokens", min_new, f"0..max_new_tokens ({max_new})")
+    if params.method == pb.GREEDY or temperature == 0.0:
+        return SamplingParams(max_new_tokens=max_new, min_new_tokens=min_new)
+    return SamplingParams(
+        max_new_tokens=max_new,
+        min_new_tokens=min_new,
+        temperature=temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p or 1.0,
+    )
+
+
+def _validate_stop_sequences(stopping: pb.StoppingCriteria, limits: Limits) -> tuple[str, ...]:
+    stops = tuple(stopping.stop_sequences)
+    _require(
+        len(stops) <= limits.max_stop_sequences,
+        "params.stopping.stop_sequences",
+        len(stops),
+        f"at most {limits.max_stop_sequences} sequences",
+    )
+    for index, stop in enumerate(stops):
+        num_bytes = len(stop.encode())
+        _require(
+            1 <= num_bytes <= limits.max_stop_sequence_bytes,
+            f"params.stopping.stop_sequences[{index}]",
+            num_bytes,
+            f"1..{limits.max_stop_sequence_bytes} bytes",
+        )
+    return stops
+
+
+def _validate_detail(response: pb.ResponseOptions, limits: Limits) -> ResponseDetail:
+    _require(
+        response.top_n_tokens <= limits.max_top_n_tokens,
+        "params.response.top_n_tokens",
+        response.top_n_tokens,
+        f"0..{limits.max_top_n_tokens}",
+    )
+    wants_detail = response.token_logprobs or response.token_ranks or response.top_n_tokens > 0
+    if wants_detail and not (response.generated_tokens or response.input_tokens):
+        raise _invalid(
+            "INVALID_PARAMETER",
+            "params.response.generated_tokens",
+            "token details need generated_tokens to be asked for",
+        )
+    if wants_detail and response.input_tokens:
+        raise _unsupported(
+            "params.response.input_tokens",
+            "logprobs, ranks and top tokens of the input are not supported yet; ask for input_tokens without them",
+        )
+    return ResponseDetail(
+        input_text=response.input_text,
+        generated_tokens=response.generated_tokens,
+        input_tokens=response.input_tokens,
+        logprobs=response.token_logprobs,
+        ranks=response.token_ranks,
+        num_top_tokens=response.top_n_tokens,
+    )
+
+
+def _require(ok: bool, field: str, value: object, allowed: str) -> None:
+    """A NaN fails every comparison, so it ends here too."""
+    if not ok:
+        name = field.rsplit(".", 1)[-1]
+        raise _invalid("INVALID_PARAMETER", field, f"{name} = {value} is out of range: {allowed}")
+
+
+def _invalid(reason: str, field: str, message: str) -> InvalidRequest:
+    return InvalidRequest(message, reason=reason, field=field)
+
+
+def _unsupported(field: str, message: str) -> InvalidRequest:
+    return InvalidRequest(message, reason="UNSUPPORTED_PARAMETER", field=field)
