@@ -1,0 +1,64 @@
+# Every target sets itself up: `make demo` and `make test` need Python 3.11+, make and a package index, nothing else.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+SOURCE := runtime loaders tests examples benchmarks proto
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint types proto format clean
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+## make setup   fill .venv (done once; again when pyproject.toml changes)
+setup: $(STAMP)
+
+# torch comes first and alone: a wider range, or another package's wish, would bring several gigabytes of CUDA libraries.
+# caikit-tgis-backend is the published TGIS client that the API tests speak with; only its generated stubs are used,
+# and the framework it would pull in holds protobuf below 7, so it is installed without its dependencies.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Graft needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@echo "Filling $(VENV): a few minutes, once"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
+	$(BIN)/python -m pip install -qq --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps "caikit-tgis-backend==0.1.39"
+	@touch $(STAMP)
+
+## make demo    one server, several adapters, 64 concurrent requests, a table
+demo: $(STAMP)
+	$(BIN)/graft demo
+
+## make test    lint, types and all tests that need no accelerator
+test: lint types
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+## make bench   decode with 8 adapters against transformers + PEFT (minutes; writes benchmarks/results/)
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.decode_vs_peft
+
+## make lint    ruff over the code, buf over the contracts, and whether runtime/pb follows them
+lint: $(STAMP)
+	$(BIN)/ruff check $(SOURCE)
+	$(BIN)/buf lint proto
+	$(BIN)/python proto/generate.py --check
+
+## make types   mypy, strict
+types: $(STAMP)
+	$(BIN)/mypy
+
+## make format  let ruff mend what it can
+format: $(STAMP)
+	$(BIN)/ruff check --fix $(SOURCE)
+
+## make proto   generate runtime/pb from proto/
+proto: $(STAMP)
+	$(BIN)/python proto/generate.py
+
+## make clean   remove what the other targets made
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,165 @@
+"""The life of adapters in a store: loads that join, fail or are refused, draining, bytes that come back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from loaders.adapter import load_adapter
+from runtime.adapters.host_adapter import to_host_adapter
+from runtime.adapters.info import AdapterInfo, AdapterState
+from runtime.adapters.store import AdapterStore, StoreLimits
+from runtime.errors import AlreadyExists, Conflict, Exhausted, GraftError, NotFound, Precondition
+from runtime.models.deepseek.config import DeepseekConfig
+from tests.oracle.adapters import AdapterRecipe, write_adapter
+from tests.oracle.base_models import Oracle
+from tests.oracle.shapes import V3, Shape
+
+ROOMY = 2**30
+
+
+@pytest.fixture(scope="module")
+def base_dir(oracle: Callable[[Shape], Oracle]) -> Path:
+    return oracle(V3).path
+
+
+@pytest.fixture(scope="module")
+def files(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("store")
+    recipes = {
+        name: AdapterRecipe(("routed_experts", "o_proj"), lora_rank=8, seed=seed)
+        for seed, name in enumerate(("one", "two", "three"))
+    }
+    return {name: write_adapter(base_dir, folder / name, recipe).path for name, recipe in recipes.items()}
+
+
+class _Store:
+    """A store whose replies are collected in order."""
+
+    def __init__(self, base_dir: Path, *, max_adapters: int = 8, max_bytes: int = ROOMY) -> None:
+        targets = DeepseekConfig.from_dir(base_dir).adapter_targets()
+        self.woken = threading.Event()
+        limits = StoreLimits(max_adapters, 128, max_bytes)
+        self.store = AdapterStore(targets, limits, torch.device("cpu"), torch.float32, self.woken.set)
+        self.replies: list[AdapterInfo | GraftError] = []
+
+    def start(self, name: str, path: Path, digest: str = "") -> None:
+        self.store.load(name, str(path), digest, self.replies.append)
+
+    def wait(self, count: int = 1) -> list[AdapterInfo | GraftError]:
+        """The next `count` replies."""
+        for _ in range(500):
+            self.store.advance(whole=True)
+            if len(self.replies) >= count:
+                taken, self.replies = self.replies, []
+                return taken
+            self.woken.wait(0.02)
+            self.woken.clear()
+        raise TimeoutError("no reply")
+
+    def load(self, name: str, path: Path, digest: str = "") -> AdapterInfo | GraftError:
+        self.start(name, path, digest)
+        return self.wait()[0]
+
+
+@pytest.fixture
+def make(base_dir: Path) -> Iterator[Callable[..., _Store]]:
+    made: list[_Store] = []
+
+    def build(**limits: int) -> _Store:
+        made.append(_Store(base_dir, **limits))
+        return made[-1]
+
+    yield build
+    for item in made:
+        item.store.close()
+
+
+def test_a_load_becomes_ready_with_a_generation_a_digest_and_its_bytes(
+    make: Callable[..., _Store], files: dict[str, Path], base_dir: Path
+) -> None:
+    info = make().load("one", files["one"])
+    assert isinstance(info, AdapterInfo)
+    weights = load_adapter(files["one"], DeepseekConfig.from_dir(base_dir).adapter_targets())
+    assert (info.state, info.generation, info.digest) == (AdapterState.READY, 1, weights.digest)
+    assert info.device_bytes == to_host_adapter(weights, torch.float32).num_bytes
+    assert info.target_modules == ["o_proj", "experts"]
+
+
+def test_the_same_bytes_again_are_fine_and_other_bytes_are_not_replaced(
+    make: Callable[..., _Store], files: dict[str, Path]
+) -> None:
+    store = make()
+    first, again = store.load("one", files["one"]), store.load("one", files["one"])
+    other = store.load("one", files["two"])
+    assert isinstance(first, AdapterInfo) and isinstance(again, AdapterInfo)
+    assert again.already_loaded and again.generation == first.generation
+    assert isinstance(other, AlreadyExists)
+    assert store.store.info("one").digest == first.digest
+
+
+def test_identical_loads_under_way_are_joined_and_others_turned_away(
+    make: Callable[..., _Store], files: dict[str, Path]
+) -> None:
+    store = make()
+    store.start("one", files["one"])
+    store.start("one", files["one"])
+    store.start("one", files["two"])
+    conflict, first, joined = store.wait(3)
+    assert isinstance(conflict, Conflict)
+    assert first == joined
+
+
+def test_a_failed_load_leaves_no_trace(make: Callable[..., _Store], files: dict[str, Path], tmp_path: Path) -> None:
+    store = make()
+    store.load("one", files["one"])
+    before = (store.store.pages.num_bytes, store.store.infos())
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused = store.load("broken", tmp_path)
+    assert isinstance(refused, Precondition) and refused.problems
+    assert isinstance(store.load("three", files["three"], "sha256:" + "0" * 64), Precondition)
+    assert (store.store.pages.num_bytes, store.store.infos()) == before
+    assert isinstance(store.load("broken", files["two"]), AdapterInfo)
+
+
+def test_memory_and_slots_are_bounded_with_the_numbers_in_the_message(
+    make: Callable[..., _Store], files: dict[str, Path]
+) -> None:
+    one = make().load("one", files["one"])
+    assert isinstance(one, AdapterInfo)
+    by_bytes = make(max_bytes=int(1.5 * one.device_bytes))
+    assert isinstance(by_bytes.load("one", files["one"]), AdapterInfo)
+    full = by_bytes.load("two", files["two"])
+    assert isinstance(full, Exhausted) and str(one.device_bytes) in full.message
+    by_slots = make(max_adapters=1)
+    by_slots.load("one", files["one"])
+    assert isinstance(by_slots.load("two", files["two"]), Exhausted)
+
+
+def test_an_adapter_in_use_drains_and_its_memory_comes_back_with_the_last_request(
+    make: Callable[..., _Store], files: dict[str, Path]
+) -> None:
+    store = make()
+    store.load("one", files["one"])
+    empty_bytes = 0
+    record = store.store.acquire("one")
+    store.store.unload("one", store.replies.append)
+    assert store.store.info("one").state == AdapterState.DRAINING and not store.replies
+    with pytest.raises(NotFound):
+        store.store.acquire("one")
+    store.store.release(record)
+    assert store.store.pages.num_bytes == empty_bytes
+    assert [reply.state for reply in store.replies if isinstance(reply, AdapterInfo)] == [AdapterState.UNLOADED]
+    store.replies.clear()
+    again = store.load("one", files["one"])
+    assert isinstance(again, AdapterInfo) and again.generation == 2
+
+
+def test_unloading_what_is_not_there_is_not_found(make: Callable[..., _Store]) -> None:
+    store = make()
+    store.store.unload("ghost", store.replies.append)
+    assert isinstance(store.wait()[0], NotFound)

@@ -1,0 +1,128 @@
+"""Which sequences run: order, chunks, preemption, seats, and blocks that always come back."""
+
+from __future__ import annotations
+
+from runtime.adapters.info import AdapterState
+from runtime.adapters.registry import AdapterRecord
+from runtime.engine.batch import Batch
+from runtime.engine.kv_cache import BlockPool
+from runtime.engine.messages import AddRequest, FinishReason, RequestId
+from runtime.engine.sampling_params import SamplingParams
+from runtime.engine.scheduler import Scheduler, SchedulerLimits
+from runtime.engine.sequence import Sequence
+
+EOS = 1
+
+
+def _scheduler(*, tokens: int = 16, size: int = 4, blocks: int = 64, longest: int = 100) -> Scheduler:
+    return Scheduler(SchedulerLimits(tokens, size, longest, frozenset({EOS})), BlockPool(blocks, 4))
+
+
+def _add(scheduler: Scheduler, request: int, length: int, *, slot: int | None = None, new: int = 5) -> Sequence:
+    adapter = None
+    if slot is not None:
+        adapter = AdapterRecord(f"a{slot}", 1, "", state=AdapterState.READY, slot=slot)
+    params = SamplingParams(max_new_tokens=new)
+    sequence = Sequence.from_request(AddRequest(RequestId(request), [9] * length, params), adapter)
+    scheduler.add(sequence)
+    return sequence
+
+
+def _schedule(scheduler: Scheduler) -> Batch:
+    batch = scheduler.schedule()
+    assert batch is not None
+    return batch
+
+
+def _run(scheduler: Scheduler, token: int = 8) -> Batch:
+    batch = _schedule(scheduler)
+    scheduler.update(batch, [token] * sum(chunk.samples for chunk in batch.chunks))
+    return batch
+
+
+def test_a_long_prompt_runs_in_chunks_and_samples_once_at_its_end() -> None:
+    scheduler = _scheduler(tokens=16)
+    _add(scheduler, 1, 40)
+    batches = [_run(scheduler) for _ in range(3)]
+    assert [len(batch.chunks[0].token_ids) for batch in batches] == [16, 16, 8]
+    assert [batch.chunks[0].start for batch in batches] == [0, 16, 32]
+    assert [batch.chunks[0].samples for batch in batches] == [False, False, True]
+
+
+def test_decodes_come_before_prefill_chunks() -> None:
+    scheduler = _scheduler(tokens=8)
+    first = _add(scheduler, 1, 4)
+    _run(scheduler)
+    _add(scheduler, 2, 30)
+    batch = _schedule(scheduler)
+    by_request = {chunk.request_id: len(chunk.token_ids) for chunk in batch.chunks}
+    assert by_request == {first.request_id: 1, RequestId(2): 7}
+
+
+def test_the_batch_is_ordered_by_adapter_with_the_base_first() -> None:
+    scheduler = _scheduler(tokens=64, size=8)
+    for request, slot in enumerate((3, None, 0, 3, None, 1)):
+        _add(scheduler, request, 3, slot=slot)
+    assert [chunk.slot for chunk in _schedule(scheduler).chunks] == [-1, -1, 0, 1, 3, 3]
+
+
+def test_the_youngest_sequence_is_preempted_and_recomputes_all_its_tokens() -> None:
+    scheduler = _scheduler(tokens=64, blocks=5)
+    old, young = _add(scheduler, 1, 8, new=9), _add(scheduler, 2, 8, new=9)
+    _run(scheduler)
+    generated = 1
+    while not scheduler.num_preemptions:
+        _run(scheduler)
+        generated += 1
+    assert young in scheduler.waiting and not young.blocks and young.num_computed == 0
+    assert old.num_generated == generated
+    tokens_before = list(young.token_ids)
+    while young not in scheduler.running:
+        batch = _run(scheduler)
+    chunk = next(chunk for chunk in batch.chunks if chunk.request_id == young.request_id)
+    assert chunk.token_ids == tokens_before and chunk.start == 0
+
+
+def test_a_sequence_whose_adapter_loads_is_passed_by() -> None:
+    scheduler = _scheduler()
+    loading = _add(scheduler, 1, 3, slot=0)
+    assert loading.adapter is not None
+    loading.adapter.state = AdapterState.LOADING
+    _add(scheduler, 2, 3)
+    assert [chunk.request_id for chunk in _run(scheduler).chunks] == [2]
+    loading.adapter.state = AdapterState.READY
+    assert RequestId(1) in [chunk.request_id for chunk in _run(scheduler).chunks]
+
+
+def test_no_more_sequences_run_than_there_are_seats() -> None:
+    scheduler = _scheduler(tokens=64, size=2)
+    for request in range(4):
+        _add(scheduler, request, 3)
+    assert len(_run(scheduler).chunks) == 2
+    assert len(scheduler.waiting) == 2
+
+
+def test_an_older_request_is_not_overtaken_for_lack_of_blocks() -> None:
+    scheduler = _scheduler(tokens=64, blocks=6)
+    _add(scheduler, 1, 12)
+    _run(scheduler)
+    _add(scheduler, 2, 20)
+    _add(scheduler, 3, 2)
+    assert [chunk.request_id for chunk in _run(scheduler).chunks] == [1]
+
+
+def test_sequences_end_for_each_reason_and_give_their_blocks_back() -> None:
+    scheduler = _scheduler(tokens=64, longest=12)
+    by_length = _add(scheduler, 1, 4, new=2)
+    by_context = _add(scheduler, 2, 10, new=50)
+    reasons: dict[Sequence, FinishReason | None] = {}
+    for _ in range(2):
+        batch = _schedule(scheduler)
+        reasons |= dict(scheduler.update(batch, [8] * len(batch.chunks)))
+    by_eos = _add(scheduler, 3, 4, new=50)
+    reasons |= dict(scheduler.update(_schedule(scheduler), [EOS]))
+    assert reasons == {
+        by_length: FinishReason.MAX_NEW_TOKENS, by_context: FinishReason.CONTEXT_FULL, by_eos: FinishReason.EOS,
+    }  # fmt: skip
+    assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
+    assert not scheduler.sequences() and not scheduler.can_run()

@@ -1,0 +1,98 @@
+"""Each device operation against its plain PyTorch reference, with the shapes and group sizes that differ in kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from runtime.ops import reference
+from runtime.ops.base import Ops, make_ops
+from runtime.ops.cpu import CpuOps
+from runtime.ops.cuda.ops import CudaOps
+
+# The CUDA back-end is written in operations that PyTorch also has on CPU, so its logic is tested here too.
+BACK_ENDS = (CpuOps(), CudaOps())
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
+
+
+def _names(value: object) -> str:
+    return type(value).__name__ if isinstance(value, Ops) else str(value)
+
+
+@pytest.mark.parametrize("ops", BACK_ENDS, ids=_names)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "counts", [[1, 0, 2, 0, 1], [40, 0, 17, 3, 8], [0, 0, 0, 0, 5]], ids=["decode", "prefill", "one group"]
+)
+def test_grouped_matmul_equals_its_reference(ops: Ops, dtype: torch.dtype, counts: list[int]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(sum(counts), 48).to(dtype)
+    weight = (torch.randn(len(counts), 48, 32) / 7).to(dtype)
+    expected = reference.grouped_matmul(x.float(), weight.float(), torch.tensor(counts))
+    seen = ops.grouped_matmul(x, weight, torch.tensor(counts))
+    assert seen.dtype is dtype
+    torch.testing.assert_close(seen.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("ops", BACK_ENDS, ids=_names)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    "pages",
+    [[-1, 0, 2, -1, 3], [0] * 20 + [-1] * 3 + [2] * 14, [0, 1, 2, 3], [-1, -1]],
+    ids=["decode with base rows", "prefill with base rows", "every row another page", "base rows alone"],
+)
+def test_lora_add_equals_its_reference(ops: Ops, dtype: torch.dtype, parts: int, pages: list[int]) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(len(pages), 40).to(dtype)
+    a = (torch.randn(4, 40, 8 * parts) / 6).to(dtype)
+    bs = tuple((torch.randn(4, 8, 24) / 3).to(dtype) for _ in range(parts))
+    start = torch.randn(len(pages), 24 * parts).to(dtype)
+    expected = start.float().clone()
+    reference.lora_add_(expected, x.float(), a.float(), [b.float() for b in bs], torch.tensor(pages))
+    seen = start.clone()
+    ops.lora_add_(seen, x, a, bs, torch.tensor(pages))
+    torch.testing.assert_close(seen.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    untouched = torch.tensor(pages) < 0
+    assert torch.equal(seen[untouched], start[untouched])
+
+
+def test_rows_without_a_page_are_safe_from_what_is_in_other_memory() -> None:
+    """A delta of a row without a page must not be 0 x NaN."""
+    for ops in BACK_ENDS:
+        a, b = torch.full((2, 16, 8), float("nan")), torch.full((2, 8, 16), float("nan"))
+        y = torch.ones(3, 16)
+        ops.lora_add_(y, torch.ones(3, 16), a, (b,), torch.tensor([-1, -1, -1]))
+        assert torch.equal(y, torch.ones(3, 16))
+
+
+@pytest.mark.parametrize("ops", BACK_ENDS, ids=_names)
+@pytest.mark.parametrize("widths", [(12, 7), (6, 9)], ids=["narrow values", "wide values"])
+def test_blocks_of_keys_merge_to_plain_attention(ops: Ops, widths: tuple[int, int]) -> None:
+    """Against PyTorch's own attention: a context in two blocks, then the chunk itself, causal."""
+    torch.manual_seed(2)
+    heads, queries, keys = 3, 5, 20
+    q, k = torch.randn(heads, queries, widths[0]), torch.randn(heads, keys, widths[0])
+    v = torch.randn(heads, keys, widths[1])
+    mask = torch.arange(keys)[None] <= torch.arange(keys - queries, keys)[:, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+    merged = ops.attend_block(q, k[:, 15:], v[:, 15:], 0.3, causal=True)
+    for start, stop in ((0, 6), (6, 15)):
+        part = ops.attend_block(q, k[:, start:stop], v[:, start:stop], 0.3, causal=False)
+        merged = reference.merge_blocks(*merged, *part)
+    torch.testing.assert_close(merged[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_decode_attention_ignores_padded_slots() -> None:
+    torch.manual_seed(3)
+    cache = torch.randn(32, 10)
+    query = torch.randn(2, 4, 10)
+    slots = torch.tensor([[3, 4, 5, 6], [9, 8, 0, 0]])
+    both = reference.mla_decode(query, cache, slots, torch.tensor([4, 2]), 0.5, 8)
+    short = reference.mla_decode(query[1:], cache, slots[1:, :2], torch.tensor([2]), 0.5, 8)
+    torch.testing.assert_close(both[1:], short)
+
+
+def test_an_unknown_device_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'meta'"):
+        make_ops(torch.device("meta"))
