@@ -240,7 +240,7 @@ def _as_graft_error(name: str, error: BaseException | None) -> GraftError | None
         return error
     if isinstance(error, LoadError):
         message = f"adapter {name!r} is refused: {error.headline}"
-        return Precondition(message, reason="ADAPTER_REFUSED", problems=error.problems)
+        return Precondition(message, reason="ADAPTER_REFUSED", problems=error.problems or (error.headline,))
     logger.error("adapter %r could not be read", name, exc_info=error)
     return Internal(f"adapter {name!r} could not be read; the server's log says why", reason="ADAPTER_LOAD_FAILED")
 

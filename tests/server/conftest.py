@@ -27,7 +27,7 @@ def adapters_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(adapters_root: Path) -> Iterator[LiveServer]:
     """Shared; the adapter `dates` is loaded."""
-    with LiveServer(adapters_root, "max_waiting_requests=64") as live:
+    with LiveServer.fake(adapters_root, "max_waiting_requests=64") as live:
         from runtime.pb.graft.admin.v1 import adapters_pb2 as admin_pb
 
         live.adapters.LoadAdapter(admin_pb.LoadAdapterRequest(adapter_id="dates", source_path="dates"))

@@ -1,4 +1,4 @@
-"""A server process for tests: the real front-end, the fake engine, real ports."""
+"""A server process for tests, on real ports: the front-end with a fake engine, or `graft serve` as it is."""
 
 from __future__ import annotations
 
@@ -31,22 +31,28 @@ READY = re.compile(r"ready: grpc (\S+), admin (\S+), http (\S+)")
 class LiveServer:
     """Start with `with`; leaving it ends the process."""
 
-    def __init__(self, adapters_root: Path, *settings: str, step_seconds: float = 0.0) -> None:
-        command = [
-            sys.executable,
-            str(REPOSITORY / "tests" / "server" / "serve_fake.py"),
-            str(DEMO_MODEL),
-            str(adapters_root),
-            *settings,
-        ]
-        environment = {**child_environment(), "FAKE_STEP_SECONDS": str(step_seconds)}
-        environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environment["PYTHONPATH"]])
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY
         )
         self.errors: list[str] = []
         self._error_reader = threading.Thread(target=self._read_errors, daemon=True)
         self._error_reader.start()
+
+    @classmethod
+    def fake(cls, adapters_root: Path, *settings: str, step_seconds: float = 0.0) -> LiveServer:
+        """The real front-end with an engine that echoes; each of its steps takes `step_seconds`."""
+        script = str(REPOSITORY / "tests" / "server" / "serve_fake.py")
+        environment = {**child_environment(), "FAKE_STEP_SECONDS": str(step_seconds)}
+        environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environment["PYTHONPATH"]])
+        return cls([sys.executable, script, str(DEMO_MODEL), str(adapters_root), *settings], environment)
+
+    @classmethod
+    def demo(cls, adapters_root: Path, *flags: str) -> LiveServer:
+        """`graft serve` with the bundled model."""
+        ports = ("--grpc-port", "0", "--admin-port", "0", "--http-port", "0")
+        command = ["-m", "runtime.cli", "serve", str(DEMO_MODEL), "--adapters-root", str(adapters_root), *ports, *flags]
+        return cls([sys.executable, *command], child_environment())
 
     def __enter__(self) -> LiveServer:
         match = READY.match(self.process.stdout.readline())

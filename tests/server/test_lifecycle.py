@@ -24,13 +24,13 @@ LONG = {"max_new_tokens": 200, "min_new_tokens": 200}  # two seconds
 
 @pytest.fixture(scope="module")
 def slow(adapters_root: Path) -> Iterator[LiveServer]:
-    with LiveServer(adapters_root, step_seconds=STEP_SECONDS) as live:
+    with LiveServer.fake(adapters_root, step_seconds=STEP_SECONDS) as live:
         yield live
 
 
 @pytest.fixture
 def doomed(adapters_root: Path) -> Iterator[LiveServer]:
-    with LiveServer(adapters_root, "drain_timeout_seconds=20.0", step_seconds=STEP_SECONDS) as live:
+    with LiveServer.fake(adapters_root, "drain_timeout_seconds=20.0", step_seconds=STEP_SECONDS) as live:
         yield live
 
 
@@ -150,7 +150,7 @@ def test_a_taken_port_is_told_in_one_sentence(adapters_root: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(RuntimeError, match=f"cannot listen on 127.0.0.1:{port}"):
-            LiveServer(adapters_root, f"grpc_port={port}").__enter__()
+            LiveServer.fake(adapters_root, f"grpc_port={port}").__enter__()
 
 
 def test_the_front_end_and_the_commands_import_no_torch() -> None:
