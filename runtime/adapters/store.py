@@ -124,7 +124,12 @@ class AdapterStore:
             self._accept(*self._reads.get())
         while self._installing:
             record, steps = self._installing[0]
-            if next(steps, self) is self:
+            try:
+                is_done = next(steps, self) is self
+            except RuntimeError as error:  # how PyTorch reports that the device has no memory left
+                self._abandon(record, error)
+                continue
+            if is_done:
                 self._installing.pop(0)
                 self._make_ready(record)
             elif not whole:
@@ -207,6 +212,16 @@ class AdapterStore:
         record.state = AdapterState.READY
         record.host = None
         _reply_all(record.load_replies, record.info())
+
+    def _abandon(self, record: AdapterRecord, error: RuntimeError) -> None:
+        """Undo an install that broke off half-way: everything is as before the load."""
+        logger.error("adapter %r could not be copied to the device", record.name, exc_info=error)
+        self._installing.pop(0)
+        self.pages.remove(record.slot)
+        record.state = AdapterState.FAILED
+        self._registry.forget(record)
+        message = f"the device has no room for adapter {record.name!r} ({record.device_bytes} bytes)"
+        _reply_all(record.load_replies, Exhausted(message, reason="DEVICE_MEMORY_FULL"))
 
     def _free_if_idle(self, record: AdapterRecord) -> None:
         if record.state is not AdapterState.DRAINING or record.references:

@@ -12,6 +12,7 @@ import torch
 from loaders.adapter import load_adapter
 from runtime.adapters.host_adapter import to_host_adapter
 from runtime.adapters.info import AdapterInfo, AdapterState
+from runtime.adapters.page_pool import HostPages, PagePool
 from runtime.adapters.store import AdapterStore, StoreLimits
 from runtime.errors import AlreadyExists, Conflict, Exhausted, GraftError, NotFound, Precondition
 from runtime.models.deepseek.config import DeepseekConfig
@@ -157,6 +158,26 @@ def test_an_adapter_in_use_drains_and_its_memory_comes_back_with_the_last_reques
     store.replies.clear()
     again = store.load("one", files["one"])
     assert isinstance(again, AdapterInfo) and again.generation == 2
+
+
+def test_a_device_without_room_gives_back_what_was_copied_and_the_next_load_works(
+    make: Callable[..., _Store], files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make()
+    insert, calls = PagePool.insert, []
+
+    def insert_twice(pool: PagePool, slot: int, pages: HostPages) -> None:
+        calls.append(slot)
+        if len(calls) > 2:
+            raise RuntimeError("out of memory")
+        insert(pool, slot, pages)
+
+    monkeypatch.setattr(PagePool, "insert", insert_twice)
+    failed = store.load("one", files["one"])
+    assert isinstance(failed, Exhausted) and len(calls) == 3
+    assert store.store.pages.num_bytes == 0 and not store.store.infos()
+    monkeypatch.undo()
+    assert isinstance(store.load("one", files["one"]), AdapterInfo)
 
 
 def test_unloading_what_is_not_there_is_not_found(make: Callable[..., _Store]) -> None:
