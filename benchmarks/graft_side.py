@@ -72,6 +72,7 @@ def _load(engine: Engine, name: str, path: Path) -> float:
     begin = time.perf_counter()
     engine.submit(LoadAdapter(CallId(0), name, str(path.resolve())))
     while True:
+        engine.wait_for_work(0.1)
         for event in engine.step():
             if isinstance(event, AdapterReply):
                 return time.perf_counter() - begin

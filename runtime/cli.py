@@ -17,8 +17,8 @@ from runtime.errors import GraftError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a failure is one sentence on stderr and a status that is not 0."""
     options = build_parser().parse_args(arguments)
-    configure_logging()
     try:
+        configure_logging()
         command = importlib.import_module(f"runtime.commands.{options.module}")
         status: int = command.run(options)
         return status
@@ -84,6 +84,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="X",
         help="device memory for adapters",
     )
+    add("--max-adapters", type=int, default=engine.max_adapters, metavar="N", help="adapters that are loaded at once")
     add("--max-batch-tokens", type=int, default=engine.max_batch_tokens, metavar="N", help="tokens in one step")
     add("--max-batch-size", type=int, default=engine.max_batch_size, metavar="N", help="sequences in one step")
 

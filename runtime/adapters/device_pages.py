@@ -11,19 +11,18 @@ from runtime.adapters.page_pool import HostPages, PagePool
 
 
 class DevicePages:
-    """Pools of the dense modules by name and of the routed experts by layer; empty pools do not exist."""
+    """Pools of the dense modules by name and of the routed experts by layer; empty pools do not exist.
+
+    `num_bytes` counts all pages.
+    """
 
     def __init__(self, num_experts: int, max_slots: int, device: torch.device) -> None:
         self.linears: dict[str, dict[int, PagePool]] = {}
         self.experts: dict[int, dict[int, PagePool]] = {}
         self.max_slots = max_slots
+        self.num_bytes = 0
         self._num_experts = num_experts
         self._device = device
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all pages."""
-        return sum(pool.num_bytes for pools in self._groups() for pool in pools.values())
 
     def install(self, slot: int, adapter: HostAdapter) -> Iterator[None]:
         """Copy an adapter to the device, yielding after each layer so that steps can run in between.
@@ -43,7 +42,9 @@ class DevicePages:
         for pools in self._groups():
             for rank, pool in list(pools.items()):
                 if slot in pool.slots:
+                    self.num_bytes -= pool.num_bytes
                     pool.remove(slot)
+                    self.num_bytes += pool.num_bytes
                 if not pool.slots:
                     del pools[rank]
 
@@ -51,6 +52,7 @@ class DevicePages:
         if pages.lora_rank not in pools:
             pools[pages.lora_rank] = PagePool(pages, num_regions, self.max_slots, self._device)
         pools[pages.lora_rank].insert(slot, pages)
+        self.num_bytes += pages.num_bytes
 
     def _groups(self) -> list[dict[int, PagePool]]:
         return [*self.linears.values(), *self.experts.values()]

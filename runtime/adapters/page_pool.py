@@ -54,19 +54,20 @@ class PagePool:
         position = {owner: page for page, owner in enumerate(sorted(self._owners + added))}
         old_index = self._index(position[owner] for owner in self._owners)
         new_index = self._index(position[owner] for owner in added)
+        rebuilt = {}
         for name, old in self.factors.items():
-            grown = old.new_empty((len(position), *old.shape[1:]))
-            grown[old_index] = old
-            grown[new_index] = pages.factors[name].to(self.device)
-            self.factors[name] = grown
+            rebuilt[name] = old.new_empty((len(position), *old.shape[1:]))
+            rebuilt[name][old_index] = old
+            rebuilt[name][new_index] = pages.factors[name].to(self.device)
+        # Assigned only when all of it is there: an allocation that fails above leaves the pool as it was.
+        self.factors = rebuilt
         self._set_owners(list(position))
 
     def remove(self, slot: int) -> None:
         """Drop a slot's pages and give their memory back."""
         kept = [page for page, owner in enumerate(self._owners) if owner[1] != slot]
         index = self._index(kept)
-        for name, old in self.factors.items():
-            self.factors[name] = old[index]
+        self.factors = {name: old[index] for name, old in self.factors.items()}
         self._set_owners([self._owners[page] for page in kept])
 
     def _index(self, pages: object) -> Tensor:

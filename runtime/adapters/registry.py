@@ -20,6 +20,7 @@ class AdapterRecord:
     name: str
     generation: int
     path: str
+    expected_digest: str = ""
     state: AdapterState = AdapterState.LOADING
     digest: str = ""
     slot: int = -1
@@ -70,17 +71,17 @@ class AdapterRegistry:
         self._max_slots = max_slots
         self._last_generation = 0
 
-    def create(self, name: str, path: str) -> AdapterRecord:
+    def create(self, name: str, path: str, expected_digest: str) -> AdapterRecord:
         """Begin a load: a LOADING record with its own generation and slot."""
         if name in self._records:
-            raise Conflict(f"adapter {name!r} is {self._records[name].state}", reason="ADAPTER_BUSY", field="name")
+            raise Conflict(f"adapter {name!r} is {self._records[name].state}", reason="ADAPTER_BUSY")
         if not self._free_slots:
             raise Exhausted(
                 f"{self._max_slots} of {self._max_slots} adapter slots are in use: unload one or raise --max-adapters",
                 reason="ADAPTER_SLOTS_FULL",
             )
         self._last_generation += 1
-        record = AdapterRecord(name, self._last_generation, path, slot=self._free_slots.pop())
+        record = AdapterRecord(name, self._last_generation, path, expected_digest, slot=self._free_slots.pop())
         self._records[name] = record
         return record
 
@@ -92,14 +93,14 @@ class AdapterRegistry:
         """The record of a name; raises NotFound."""
         record = self._records.get(name)
         if record is None:
-            raise NotFound(f"adapter {name!r} is not loaded", reason="ADAPTER_NOT_FOUND", field="adapter_id")
+            raise NotFound(f"adapter {name!r} is not loaded", reason="ADAPTER_NOT_FOUND")
         return record
 
     def acquire(self, name: str) -> AdapterRecord:
         """Take a reference for a request; a loading adapter may be waited for, a draining one not."""
         record = self.get(name)
         if record.state is AdapterState.DRAINING:
-            raise NotFound(f"adapter {name!r} is being unloaded", reason="ADAPTER_NOT_FOUND", field="adapter_id")
+            raise NotFound(f"adapter {name!r} is being unloaded", reason="ADAPTER_NOT_FOUND")
         record.references += 1
         record.last_used = time.time()
         return record
@@ -120,7 +121,6 @@ class AdapterRegistry:
             raise AlreadyExists(
                 f"adapter {record.name!r} is loaded with digest {record.digest}, not {digest}: unload it first",
                 reason="ADAPTER_EXISTS",
-                field="name",
             )
 
     def records(self) -> list[AdapterRecord]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,10 @@ from runtime.adapters.registry import AdapterRecord, AdapterRegistry, Reply
 from runtime.errors import Conflict, Exhausted, GraftError, Internal, Precondition
 
 logger = logging.getLogger(__name__)
+
+# Files are often float32 where the device holds 16 bits; larger ones cannot fit, so they are not read at all.
+MAX_FILE_BYTES_PER_DEVICE_BYTE = 2
+MAX_TOLD_PROBLEMS = 100
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,10 @@ class AdapterStore:
             record = self._registry.find(name)
             if record is None or record.state is AdapterState.READY:
                 self._start(name, path, expected_digest, reply, record)
-            elif record.state is AdapterState.LOADING and record.path == path:
+            elif record.state is AdapterState.LOADING and (record.path, record.expected_digest) == (
+                path,
+                expected_digest,
+            ):
                 record.load_replies.append(reply)
             else:
                 raise Conflict(f"adapter {name!r} is {record.state}: try again later", reason="ADAPTER_BUSY")
@@ -126,7 +133,9 @@ class AdapterStore:
             record, steps = self._installing[0]
             try:
                 is_done = next(steps, self) is self
-            except RuntimeError as error:  # how PyTorch reports that the device has no memory left
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
                 self._abandon(record, error)
                 continue
             if is_done:
@@ -147,20 +156,25 @@ class AdapterStore:
     def _start(self, name: str, path: str, digest: str, reply: Reply, live: AdapterRecord | None) -> None:
         """Read the file in the thread; with a live record of this name only its digest is compared."""
         if live is None:
-            record = self._registry.create(name, path)
+            record = self._registry.create(name, path, digest)
         else:
-            record = AdapterRecord(name, live.generation, path)
+            record = AdapterRecord(name, live.generation, path, digest)
         record.load_replies.append(reply)
-        future = self._thread.submit(self._read, record, digest)
+        future = self._thread.submit(self._read, record)
         future.add_done_callback(lambda done: self._hand_over(record, done))
 
-    def _read(self, record: AdapterRecord, expected_digest: str) -> _Read:
+    def _read(self, record: AdapterRecord) -> _Read:
         """Runs in the thread."""
         started = time.monotonic()
-        weights = load_adapter(Path(record.path), self._targets, max_lora_rank=self._limits.max_lora_rank)
-        if expected_digest and weights.digest != expected_digest:
+        weights = load_adapter(
+            Path(record.path),
+            self._targets,
+            max_lora_rank=self._limits.max_lora_rank,
+            max_bytes=MAX_FILE_BYTES_PER_DEVICE_BYTE * self._limits.max_device_bytes,
+        )
+        if record.expected_digest and weights.digest != record.expected_digest:
             raise Precondition(
-                f"adapter {record.name!r} has digest {weights.digest}, expected {expected_digest}",
+                f"adapter {record.name!r} has digest {weights.digest}, expected {record.expected_digest}",
                 reason="DIGEST_MISMATCH",
                 field="expected_digest",
             )
@@ -186,14 +200,11 @@ class AdapterStore:
             _describe(record, read)
             self._installing.append((record, self.pages.install(record.slot, read.host)))
         except GraftError as refusal:
-            if live is record:
-                record.state = AdapterState.FAILED
-                self._registry.forget(record)
-            _reply_all(record.load_replies, refusal)
+            self._fail(record, refusal)
 
     def _answer_live(self, record: AdapterRecord, live: AdapterRecord | None, digest: str) -> None:
         """A load of a name that was already there: the same bytes are fine, other bytes are not replaced."""
-        if live is None:
+        if live is None or live.state is not AdapterState.READY:
             raise Conflict(f"adapter {record.name!r} was unloaded meanwhile: load again", reason="ADAPTER_BUSY")
         self._registry.check_same(live, digest)
         _reply_all(record.load_replies, live.info(already_loaded=True))
@@ -213,15 +224,20 @@ class AdapterStore:
         record.host = None
         _reply_all(record.load_replies, record.info())
 
-    def _abandon(self, record: AdapterRecord, error: RuntimeError) -> None:
+    def _abandon(self, record: AdapterRecord, error: Exception) -> None:
         """Undo an install that broke off half-way: everything is as before the load."""
         logger.error("adapter %r could not be copied to the device", record.name, exc_info=error)
         self._installing.pop(0)
         self.pages.remove(record.slot)
-        record.state = AdapterState.FAILED
-        self._registry.forget(record)
         message = f"the device has no room for adapter {record.name!r} ({record.device_bytes} bytes)"
-        _reply_all(record.load_replies, Exhausted(message, reason="DEVICE_MEMORY_FULL"))
+        self._fail(record, Exhausted(message, reason="DEVICE_MEMORY_FULL"))
+
+    def _fail(self, record: AdapterRecord, error: GraftError) -> None:
+        """End a load; requests that wait for it find the state FAILED."""
+        if self._registry.find(record.name) is record:
+            record.state = AdapterState.FAILED
+            self._registry.forget(record)
+        _reply_all(record.load_replies, error)
 
     def _free_if_idle(self, record: AdapterRecord) -> None:
         if record.state is not AdapterState.DRAINING or record.references:
@@ -245,7 +261,7 @@ def _describe(record: AdapterRecord, read: _Read) -> None:
     record.target_modules = sorted(leaves) + (["experts"] if host.experts else [])
     record.tensor_bytes = weights.num_bytes
     record.device_bytes = host.num_bytes
-    record.warnings = list(weights.warnings)
+    record.warnings = _printable(weights.warnings)
     record.load_seconds = read.seconds
 
 
@@ -254,10 +270,24 @@ def _as_graft_error(name: str, error: BaseException | None) -> GraftError | None
     if error is None or isinstance(error, GraftError):
         return error
     if isinstance(error, LoadError):
-        message = f"adapter {name!r} is refused: {error.headline}"
-        return Precondition(message, reason="ADAPTER_REFUSED", problems=error.problems or (error.headline,))
+        problems = _printable(error.problems or (error.headline,))
+        (headline,) = _printable((error.headline,))
+        return Precondition(f"adapter {name!r} is refused: {headline}", reason="ADAPTER_REFUSED", problems=problems)
     logger.error("adapter %r could not be read", name, exc_info=error)
     return Internal(f"adapter {name!r} could not be read; the server's log says why", reason="ADAPTER_LOAD_FAILED")
+
+
+def _printable(texts: Sequence[str]) -> list[str]:
+    """Bounded and valid UTF-8: names in a file or a folder can be anything."""
+    told = [text.encode("utf-8", "backslashreplace").decode() for text in texts[:MAX_TOLD_PROBLEMS]]
+    if len(texts) > MAX_TOLD_PROBLEMS:
+        told.append(f"and {len(texts) - MAX_TOLD_PROBLEMS} more")
+    return told
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """The CPU's allocator has no class of its own for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _reply_all(replies: list[Reply], answer: AdapterInfo | GraftError) -> None:

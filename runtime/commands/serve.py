@@ -33,6 +33,7 @@ def build_config(options: argparse.Namespace) -> ServerConfig:
         max_batch_tokens=options.max_batch_tokens,
         max_batch_size=options.max_batch_size,
         adapter_memory_gib=options.adapter_memory_gib,
+        max_adapters=options.max_adapters,
     )
     config = ServerConfig(
         engine=engine,

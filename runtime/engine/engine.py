@@ -33,7 +33,7 @@ from runtime.engine.messages import (
 from runtime.engine.sampler import SampledToken
 from runtime.engine.sequence import Sequence
 from runtime.engine.start import start
-from runtime.errors import ErrorKind, Exhausted, GraftError, InvalidRequest, NotFound
+from runtime.errors import ErrorKind, Exhausted, GraftError, Internal, InvalidRequest, NotFound
 
 
 class Engine:
@@ -66,7 +66,9 @@ class Engine:
         return any(_is_due(sequence) for sequence in self.scheduler.waiting)
 
     def wait_for_work(self, timeout_seconds: float) -> bool:
-        """Sleep until a command or a loaded file arrives, or the time is over; tells whether there is work."""
+        """Sleep while there is nothing to do, until a command or a loaded file arrives, or the time is over."""
+        if self.has_work():
+            return True
         self._wake.wait(timeout_seconds)
         self._wake.clear()
         return self.has_work()
@@ -132,6 +134,7 @@ class Engine:
             if request.adapter is not None:
                 adapter = self.adapters.acquire(request.adapter)
         except GraftError as error:
+            error.field = error.field or "adapter_id"
             self._fail(request.request_id, error)
             return
         self._num_prompt_tokens += len(request.prompt_ids)
@@ -139,6 +142,10 @@ class Engine:
 
     def _check(self, request: AddRequest) -> None:
         """The engine's own bounds; front-ends check the rest, and these too, with the client's field names."""
+        try:
+            request.params.validate()
+        except ValueError as error:
+            raise InvalidRequest(str(error), reason="INVALID_PARAMETER", field="params") from error
         length, limit = len(request.prompt_ids), self.ready.max_model_len
         if not 1 <= length < limit:
             message = f"the prompt has {length} tokens; this server takes 1 to {limit - 1}"
@@ -204,10 +211,22 @@ class Engine:
         outcome = self.scheduler.update(batch, [token.token_id for token in tokens])
         outputs = []
         for (sequence, reason), token in zip(outcome, tokens, strict=True):
+            if not token.is_finite:
+                self._break_off(sequence, has_ended=reason is not None)
+                continue
             if reason is not None:
                 self._release_adapter(sequence)
             outputs.append(_output(sequence, token, reason))
         self._events.append(StepOutputs(outputs, self.stats()))
+
+    def _break_off(self, sequence: Sequence, *, has_ended: bool) -> None:
+        """End a request whose logits are not numbers: weights that overflow must not pass for an answer."""
+        if has_ended:
+            self._release_adapter(sequence)
+        else:
+            self._end(sequence)
+        message = "the model's output for this request is not a number; its adapter's weights may be too large"
+        self._fail(sequence.request_id, Internal(message, reason="NON_FINITE_OUTPUT"))
 
     def _end(self, sequence: Sequence) -> None:
         """Free everything a sequence holds."""

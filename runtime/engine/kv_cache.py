@@ -42,5 +42,5 @@ class BlockPool:
 def make_caches(
     num_layers: int, num_slots: int, latent_width: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """One [slots, latent width] tensor per layer. Zeros, since masked slots are still multiplied by zero."""
+    """One [slots, latent width] tensor per layer."""
     return [torch.zeros(num_slots, latent_width, dtype=dtype, device=device) for _ in range(num_layers)]

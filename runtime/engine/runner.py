@@ -89,6 +89,7 @@ class Runner:
             decode_rows=decode_rows,
             decode_slots_BL=self._slots([chunk.blocks for chunk in decodes])[:, : max(lens, default=0)],
             decode_lens_B=self._index(lens),
+            decode_is_padded=min(lens, default=0) < max(lens, default=0),
             prefills=prefills,
         )
 

@@ -13,12 +13,16 @@ from runtime.engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A new token; log-probabilities are those of the model, before any of the request's filters."""
+    """A new token; log-probabilities are those of the model, before any of the request's filters.
+
+    `is_finite` tells whether the logits were numbers; where they were not, the token means nothing.
+    """
 
     token_id: int
     logprob: float = 0.0
     rank: int = 0
     top_tokens: list[TopToken] = field(default_factory=list)
+    is_finite: bool = True
 
 
 class Sampler:
@@ -31,9 +35,13 @@ class Sampler:
         """Logits [B, vocabulary] float32, row i for `sequences[i]`."""
         masked_BV = self._mask_early_end(logits_BV, sequences)
         greedy = masked_BV.argmax(-1).tolist()
+        finite = logits_BV.isfinite().all(-1).tolist()
         tokens = []
         for row, sequence in enumerate(sequences):
             token_id = greedy[row]
+            if not finite[row]:
+                tokens.append(SampledToken(token_id, is_finite=False))
+                continue
             if sequence.generator is not None:
                 token_id = draw(masked_BV[row], sequence)
             tokens.append(self._describe(logits_BV[row], token_id, sequence))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from runtime.models.deepseek.config import DeepseekConfig
 from runtime.models.deepseek.model import load_model
 from runtime.ops.base import make_ops
 from runtime.ops.platform import open_device, resolve_dtype
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ def start(
     adapters = AdapterStore(model_config.adapter_targets(), limits, device, dtype, wake)
     runner = Runner(model, adapters.pages, num_blocks, config.kv_block_tokens)
     eos = read_eos_token_ids(config.model_path)
+    if max(eos, default=0) >= model_config.vocab_size:
+        raise ValueError(f"eos_token_id {max(eos)} is beyond the vocabulary of {model_config.vocab_size}")
     scheduler_limits = SchedulerLimits(config.max_batch_tokens, config.max_batch_size, max_model_len, eos)
     scheduler = Scheduler(scheduler_limits, BlockPool(num_blocks, config.kv_block_tokens))
     runner.run(Batch([Chunk(RequestId(0), [0], 0, [0], BASE_SLOT, samples=True)]))
@@ -67,13 +72,20 @@ def cache_size(config: EngineConfig, model: DeepseekConfig) -> tuple[int, int]:
     if config.max_model_len > longest:
         raise ValueError(f"max_model_len = {config.max_model_len} is beyond the model's own {longest}")
     max_model_len = config.max_model_len or longest
+    if max_model_len < 2:
+        raise ValueError(f"max_model_len = {max_model_len} leaves no room for a prompt and an answer: 2 or more")
     if not config.kv_cache_tokens:
         blocks = -(-max_model_len // config.kv_block_tokens) + config.max_batch_size
         return max_model_len, blocks
     blocks = config.kv_cache_tokens // config.kv_block_tokens
+    if not blocks:
+        raise ValueError(f"kv_cache_tokens = {config.kv_cache_tokens} is less than a block of {config.kv_block_tokens}")
     if config.max_model_len > blocks * config.kv_block_tokens:
         raise ValueError(
             f"kv_cache_tokens = {config.kv_cache_tokens} cannot hold one sequence of max_model_len "
             f"= {config.max_model_len}: raise the one or lower the other"
         )
-    return min(max_model_len, blocks * config.kv_block_tokens), blocks
+    if max_model_len > blocks * config.kv_block_tokens:
+        max_model_len = blocks * config.kv_block_tokens
+        logger.info("sequences are limited to %d tokens by kv_cache_tokens", max_model_len)
+    return max_model_len, blocks

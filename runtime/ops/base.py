@@ -39,9 +39,18 @@ class Ops(ABC):
         return reference.swiglu(x_T2N)
 
     def mla_decode(
-        self, query_BHX: Tensor, cache_SX: Tensor, slots_BL: Tensor, lens_B: Tensor, scale: float, num_latent: int
+        self,
+        query_BHX: Tensor,
+        cache_SX: Tensor,
+        slots_BL: Tensor,
+        lens_B: Tensor | None,
+        scale: float,
+        num_latent: int,
     ) -> Tensor:
-        """Absorbed MLA for one query a sequence; X = C + D. Returns the weighted latents [B, H, C]."""
+        """Absorbed MLA for one query a sequence; X = C + D. Returns the weighted latents [B, H, C].
+
+        `lens_B` are the context lengths, None where all have the length L.
+        """
         return reference.mla_decode(query_BHX, cache_SX, slots_BL, lens_B, scale, num_latent)
 
     def attend_block(

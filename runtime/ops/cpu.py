@@ -7,6 +7,7 @@ rows), reads each row once and needs no call per group. Larger groups go through
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,9 +16,9 @@ from torch.nn.functional import embedding_bag, pad
 
 from runtime.ops.base import Ops
 
-# Rows per group up to which embedding_bag beats a loop of matmuls (benchmarks/cpu_grouped_matmul.py).
+# Rows per group up to which embedding_bag beats a loop of matmuls (`benchmarks/grouped_products.py`).
 MAX_BAG_ROWS_PER_BASE_GROUP = 3
-MAX_BAG_ROWS_PER_LORA_PAGE = 8
+MAX_BAG_ROWS_PER_LORA_PAGE = 6
 # oneDNN compiles and caches a kernel for each number of rows: milliseconds and half a megabyte for each.
 ROW_MULTIPLE = 16
 
@@ -31,15 +32,8 @@ class CpuOps(Ops):
         num_groups = len(counts) - counts.count(0)
         if x_MK.shape[0] <= MAX_BAG_ROWS_PER_BASE_GROUP * num_groups:
             groups_M = torch.repeat_interleave(counts_G, output_size=x_MK.shape[0])
-            return _bag_matmul(x_MK, weight_GKN, groups_M)
-        y_MN = x_MK.new_empty(x_MK.shape[0], weight_GKN.shape[2])
-        start = 0
-        for group, count in enumerate(counts):
-            if count:
-                rows = _rounded_rows(start, count, x_MK.shape[0])
-                torch.mm(x_MK[rows], weight_GKN[group], out=y_MN[rows])
-                start += count
-        return y_MN
+            return _bag_matmul(x_MK, weight_GKN, _bag_index(groups_M, weight_GKN))
+        return _loop_matmul(x_MK, weight_GKN, counts)
 
     def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:
         """See `Ops.lora_add_`."""
@@ -50,7 +44,7 @@ class CpuOps(Ops):
         if rows.numel() <= MAX_BAG_ROWS_PER_LORA_PAGE * pages.numel():
             _bag_lora_add_(y_MN, x_MK, a_PKR, bs_PRN, rows, pages_M[rows])
         else:
-            _loop_lora_add_(y_MN, x_MK, a_PKR, bs_PRN, rows, pages.tolist(), counts.tolist())
+            _tile_lora_add_(y_MN, x_MK, a_PKR, bs_PRN, rows, pages, counts)
 
     def attend_block(
         self, query_HTX: Tensor, key_HLX: Tensor, value_HLV: Tensor, scale: float, *, causal: bool
@@ -65,50 +59,80 @@ class CpuOps(Ops):
         return out[0, ..., :num_value].float(), lse_HT[0]
 
 
+def _loop_matmul(x_MK: Tensor, weight_GKN: Tensor, counts: list[int]) -> Tensor:
+    y_MN = x_MK.new_empty(x_MK.shape[0], weight_GKN.shape[2])
+    start = 0
+    for group, count in enumerate(counts):
+        if count:
+            rows = _rounded_rows(start, count, x_MK.shape[0])
+            torch.mm(x_MK[rows], weight_GKN[group], out=y_MN[rows])
+            start += count
+    return y_MN
+
+
 def _rounded_rows(start: int, count: int, num_rows: int) -> slice:
     """A group's rows and some of the next group's, which that group then overwrites: few different sizes."""
     return slice(start, min(start + -(-count // ROW_MULTIPLE) * ROW_MULTIPLE, num_rows))
 
 
-def _bag_matmul(x_MK: Tensor, weight_GKN: Tensor, groups_M: Tensor) -> Tensor:
-    """x[m] @ weight[groups[m]] for each row, as a bag of the weight's K rows with x as the per-sample weights."""
-    num_k, num_n = weight_GKN.shape[1:]
-    index_MK = groups_M[:, None] * num_k + torch.arange(num_k)
-    return embedding_bag(index_MK, weight_GKN.view(-1, num_n), per_sample_weights=x_MK.contiguous(), mode="sum")
+def _bag_index(groups_M: Tensor, weight_GKN: Tensor) -> Tensor:
+    """For each row the indices [M, K] of its group's K weight rows; 32-bit where they fit, which halves the work."""
+    num_groups, num_k = weight_GKN.shape[:2]
+    dtype = torch.int32 if num_groups * num_k < 2**31 else torch.int64
+    return (groups_M * num_k).to(dtype)[:, None] + torch.arange(num_k, dtype=dtype)
+
+
+def _bag_matmul(x_MK: Tensor, weight_GKN: Tensor, index_MK: Tensor) -> Tensor:
+    """x[m] @ its group's weight for each row, as a bag of the weight's rows with x as the per-sample weights."""
+    table = weight_GKN.view(-1, weight_GKN.shape[2])
+    return embedding_bag(index_MK, table, per_sample_weights=x_MK.contiguous(), mode="sum")
 
 
 def _bag_lora_add_(
     y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], rows: Tensor, pages: Tensor
 ) -> None:
     all_rows = rows.numel() == y_MN.shape[0]
-    shrunk_MR = _bag_matmul(x_MK if all_rows else x_MK[rows], a_PKR, pages)
-    deltas = [
-        _bag_matmul(part_MR, b_PRN, pages)
-        for part_MR, b_PRN in zip(shrunk_MR.chunk(len(bs_PRN), dim=1), bs_PRN, strict=True)
-    ]
-    delta_MN = deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=1)
-    if all_rows:
-        y_MN += delta_MN
-    else:
-        y_MN.index_add_(0, rows, delta_MN)
+    shrunk_MR = _bag_matmul(x_MK if all_rows else x_MK[rows], a_PKR, _bag_index(pages, a_PKR))
+    index_MR = _bag_index(pages, bs_PRN[0])
+    num_parts = len(bs_PRN)
+    for y_part, shrunk, b_PRN in zip(y_MN.chunk(num_parts, 1), shrunk_MR.chunk(num_parts, 1), bs_PRN, strict=True):
+        delta = _bag_matmul(shrunk, b_PRN, index_MR)
+        if all_rows:
+            y_part += delta
+        else:
+            y_part.index_add_(0, rows, delta)
 
 
-def _loop_lora_add_(
+def _tile_lora_add_(
     y_MN: Tensor,
     x_MK: Tensor,
     a_PKR: Tensor,
     bs_PRN: Sequence[Tensor],
     rows: Tensor,
-    pages: list[int],
-    counts: list[int],
+    pages: Tensor,
+    counts: Tensor,
 ) -> None:
-    x_rows = x_MK[rows]
-    delta_MN = y_MN.new_empty(rows.numel(), y_MN.shape[1])
-    start = 0
-    for page, count in zip(pages, counts, strict=True):
-        run = _rounded_rows(start, count, len(rows))
-        parts = torch.mm(x_rows[run], a_PKR[page]).chunk(len(bs_PRN), dim=1)
-        for part, b_PRN, out in zip(parts, bs_PRN, delta_MN[run].chunk(len(bs_PRN), dim=1), strict=True):
-            torch.mm(part, b_PRN[page], out=out)
-        start += count
-    y_MN.index_add_(0, rows, delta_MN)
+    """All pages in a few batched products: each page's rows fill tiles of one height, padded with zeros."""
+    height = _power_of_two(rows.numel() / pages.numel())
+    num_tiles = (counts + height - 1) // height
+    tile_pages = torch.repeat_interleave(pages, num_tiles)
+    tile_pages = pad(tile_pages, (0, _few_sizes(len(tile_pages)) - len(tile_pages)))
+    first_places = (num_tiles.cumsum(0) - num_tiles) * height - (counts.cumsum(0) - counts)
+    places = torch.repeat_interleave(first_places, counts) + torch.arange(rows.numel())
+    tiles = x_MK.new_zeros(len(tile_pages) * height, x_MK.shape[1])
+    tiles[places] = x_MK[rows]
+    shrunk = torch.bmm(tiles.view(len(tile_pages), height, -1), a_PKR[tile_pages])
+    num_parts = len(bs_PRN)
+    for y_part, part, b_PRN in zip(y_MN.chunk(num_parts, 1), shrunk.chunk(num_parts, 2), bs_PRN, strict=True):
+        y_part.index_add_(0, rows, torch.bmm(part, b_PRN[tile_pages]).flatten(0, 1)[places])
+
+
+def _power_of_two(mean_rows: float) -> int:
+    """The tile height for a mean number of rows per page: a power of two from 8 to 64."""
+    return min(64, max(8, 1 << math.ceil(math.log2(mean_rows))))
+
+
+def _few_sizes(count: int) -> int:
+    """`count` rounded up by at most an eighth, so that few kernels are compiled."""
+    step = max(8, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step

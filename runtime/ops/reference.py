@@ -55,13 +55,20 @@ def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def mla_decode(
-    query_BHX: Tensor, cache_SX: Tensor, slots_BL: Tensor, lens_B: Tensor, scale: float, num_latent: int
+    query_BHX: Tensor, cache_SX: Tensor, slots_BL: Tensor, lens_B: Tensor | None, scale: float, num_latent: int
 ) -> Tensor:
-    """Reference of `Ops.mla_decode`: every head attends over the same latents (multi-query attention)."""
+    """Reference of `Ops.mla_decode`: every head attends over the same latents (multi-query attention).
+
+    Padded slots are zeroed as well as masked: they belong to others, and 0 x NaN would let a broken neighbour in.
+    """
     latents_BLX = cache_SX[slots_BL]
-    scores_BHL = torch.bmm(query_BHX, latents_BLX.transpose(1, 2)).float() * scale
-    past_end_BL = torch.arange(slots_BL.shape[1], device=lens_B.device)[None] >= lens_B[:, None]
-    scores_BHL.masked_fill_(past_end_BL[:, None], float("-inf"))
+    past_end_BL = None
+    if lens_B is not None:
+        past_end_BL = torch.arange(slots_BL.shape[1], device=lens_B.device)[None] >= lens_B[:, None]
+        latents_BLX.masked_fill_(past_end_BL[..., None], 0)
+    scores_BHL = torch.bmm(query_BHX, latents_BLX.transpose(1, 2)).float().mul_(scale)
+    if past_end_BL is not None:
+        scores_BHL.masked_fill_(past_end_BL[:, None], float("-inf"))
     probs_BHL = scores_BHL.softmax(-1).to(query_BHX.dtype)
     return torch.bmm(probs_BHL, latents_BLX[..., :num_latent])
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.message import Message
 
-from runtime.engine.messages import AdapterInfo
+from runtime.adapters.info import AdapterInfo, AdapterState
 from runtime.errors import GraftError, InvalidRequest
 from runtime.pb.graft.admin.v1 import adapters_pb2 as pb
 from runtime.pb.graft.admin.v1 import adapters_pb2_grpc as pb_grpc
@@ -44,7 +44,7 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         _refuse_set(request, ("pinned", "replace", "expected_generation", "validate_only", "request_id"))
         name = _checked_id(request.adapter_id, "adapter_id")
         folder = resolve_source_path(self._root, request.source_path)
-        with _operator_paths(str(folder), request.source_path):
+        with _errors_about("adapter_id"), _operator_paths(str(folder), request.source_path):
             info = await self._client.load_adapter(name, str(folder), request.expected_digest)
         return pb.LoadAdapterResponse(adapter=self._resource(info), already_loaded=info.already_loaded)
 
@@ -52,12 +52,14 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         """Take no new requests for it and free it when the running ones have ended."""
         self._gate.check()
         _refuse_set(request, ("expected_generation", "drain_timeout", "force"))
-        info = await self._client.unload_adapter(_id_of(request.name), request.allow_missing)
+        with _errors_about("name"):
+            info = await self._client.unload_adapter(_id_of(request.name), request.allow_missing)
         return pb.UnloadAdapterResponse(adapter=None if info is None else self._resource(info))
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
         """One adapter by name."""
-        (info,) = await self._client.list_adapters(_id_of(request.name))
+        with _errors_about("name"):
+            (info,) = await self._client.list_adapters(_id_of(request.name))
         return pb.GetAdapterResponse(adapter=self._resource(info))
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
@@ -66,21 +68,24 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
             message = f"page_size = {request.page_size} is out of range: 0 (default)..{MAX_PAGE_SIZE}"
             raise InvalidRequest(message, reason="INVALID_PARAMETER", field="page_size")
         everything = await self._client.list_adapters()
+        if request.state not in pb.Adapter.State.values():
+            message = f"state = {request.state} is not one of {', '.join(pb.Adapter.State.keys())}"
+            raise InvalidRequest(message, reason="INVALID_PARAMETER", field="state")
         state = pb.Adapter.State.Name(request.state).removeprefix("STATE_") if request.state else None
         wanted = [a for a in everything if a.name > request.page_token and state in (None, a.state)]
         page = wanted[: request.page_size or DEFAULT_PAGE_SIZE]
-        resident = [adapter for adapter in everything if adapter.slot >= 0]
+        taken = [adapter for adapter in everything if adapter.slot >= 0]
         return pb.ListAdaptersResponse(
             adapters=[self._resource(info) for info in page],
             next_page_token=page[-1].name if len(page) < len(wanted) else "",
-            slots_used=len(resident),
+            slots_used=len(taken),
             slots_total=self._max_adapters,
-            bytes_used=sum(adapter.device_bytes for adapter in resident),
+            bytes_used=sum(adapter.device_bytes for adapter in taken),
             bytes_limit=self._client.ready.adapter_bytes_limit,
         )
 
     def _resource(self, info: AdapterInfo) -> pb.Adapter:
-        on_device = info.slot >= 0
+        on_device = info.state in (AdapterState.READY, AdapterState.DRAINING)
         adapter = pb.Adapter(
             name=NAME_PREFIX + info.name,
             generation=info.generation,
@@ -105,6 +110,16 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
             adapter.create_time.FromMicroseconds(int(info.created * 1e6))
         adapter.load_time.FromMicroseconds(int(info.load_seconds * 1e6))
         return adapter
+
+
+@contextmanager
+def _errors_about(field: str) -> Iterator[None]:
+    """The engine knows names, not which field of the request held them."""
+    try:
+        yield
+    except GraftError as error:
+        error.field = error.field or field
+        raise
 
 
 @contextmanager

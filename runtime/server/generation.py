@@ -71,12 +71,15 @@ class TextGenerator:
 
     def truncate(self, token_ids: list[int], max_tokens: int) -> list[int]:
         """The last `max_tokens` tokens, 0 for all; a BOS in front stays and counts."""
+        return [token_ids[place] for place in self.kept_places(token_ids, max_tokens)]
+
+    def kept_places(self, token_ids: list[int], max_tokens: int) -> list[int]:
+        """Which places of a prompt remain after `truncate`."""
+        places = list(range(len(token_ids)))
         if not 0 < max_tokens < len(token_ids):
-            return token_ids
-        kept = token_ids[-max_tokens:]
-        if token_ids[0] == self.tokenizer.bos_token_id:
-            kept[0] = token_ids[0]
-        return kept
+            return places
+        has_bos = token_ids[0] == self.tokenizer.bos_token_id
+        return [0, *places[len(places) - max_tokens + 1 :]] if has_bos else places[-max_tokens:]
 
     async def run(self, request: PreparedRequest) -> AsyncGenerator[Progress, None]:
         """Progress until the end. Close this generator early and the engine frees everything at once."""

@@ -123,8 +123,8 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     def _tokenize_one(self, text: str, request: pb.BatchedTokenizeRequest) -> pb.TokenizeResponse:
         tokenizer = self.generator.tokenizer
         token_ids, offsets = tokenizer.encode_with_offsets(text)
-        keep = slice(-request.truncate_input_tokens or None, None)
-        token_ids, offsets = token_ids[keep], offsets[keep]
+        places = self.generator.kept_places(token_ids, request.truncate_input_tokens)
+        token_ids, offsets = [token_ids[place] for place in places], [offsets[place] for place in places]
         response = pb.TokenizeResponse(token_count=len(token_ids))
         if request.return_tokens:
             response.tokens.extend(tokenizer.token_text(token_id) for token_id in token_ids)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +15,7 @@ import torch
 from loaders.adapter import load_adapter
 from runtime.adapters.host_adapter import to_host_adapter
 from runtime.adapters.info import AdapterInfo, AdapterState
-from runtime.adapters.page_pool import HostPages, PagePool
-from runtime.adapters.store import AdapterStore, StoreLimits
+from runtime.adapters.store import AdapterStore, StoreLimits, _printable
 from runtime.errors import AlreadyExists, Conflict, Exhausted, GraftError, NotFound, Precondition
 from runtime.models.deepseek.config import DeepseekConfig
 from tests.oracle.adapters import AdapterRecipe, write_adapter
@@ -160,24 +162,69 @@ def test_an_adapter_in_use_drains_and_its_memory_comes_back_with_the_last_reques
     assert isinstance(again, AdapterInfo) and again.generation == 2
 
 
-def test_a_device_without_room_gives_back_what_was_copied_and_the_next_load_works(
-    make: Callable[..., _Store], files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+def _contents(store: AdapterStore) -> list[torch.Tensor]:
+    groups = [*store.pages.linears.values(), *store.pages.experts.values()]
+    pools = [pool for group in groups for pool in group.values()]
+    return [tensor.clone() for pool in pools for tensor in (pool.table, *pool.factors.values())]
+
+
+@pytest.mark.parametrize("failing_call", [2, 3, 9])
+def test_a_device_without_room_leaves_the_others_as_they_were_and_the_next_load_works(
+    make: Callable[..., _Store], files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, failing_call: int
+) -> None:
+    """The allocation fails inside a pool's rebuild: between two factors of a page, or a layer later."""
+    store = make()
+    store.load("two", files["two"])
+    before, bytes_before = _contents(store.store), store.store.pages.num_bytes
+    allocate, calls = torch.Tensor.new_empty, []
+
+    def allocate_until_full(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == failing_call:
+            raise torch.OutOfMemoryError("no room")
+        return allocate(tensor, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", allocate_until_full)
+    failed = store.load("one", files["one"])
+    monkeypatch.undo()
+    assert isinstance(failed, Exhausted) and len(calls) == failing_call
+    assert store.store.pages.num_bytes == bytes_before
+    assert all(torch.equal(a, b) for a, b in zip(before, _contents(store.store), strict=True))
+    assert isinstance(store.load("one", files["one"]), AdapterInfo)
+
+
+def test_a_load_with_another_expected_digest_does_not_join(make: Callable[..., _Store], files: dict[str, Path]) -> None:
+    store = make()
+    store.start("one", files["one"])
+    store.start("one", files["one"], "sha256:" + "0" * 64)
+    conflict, first = store.wait(2)
+    assert isinstance(conflict, Conflict) and isinstance(first, AdapterInfo)
+
+
+def test_a_repeated_load_of_a_name_that_is_unloaded_meanwhile_is_told_to_try_again(
+    make: Callable[..., _Store], files: dict[str, Path]
 ) -> None:
     store = make()
-    insert, calls = PagePool.insert, []
+    store.load("one", files["one"])
+    record = store.store.acquire("one")
+    store.start("one", files["one"])
+    store.store.unload("one", lambda reply: None)
+    assert isinstance(store.wait()[0], Conflict)
+    store.store.release(record)
+    assert not store.store.infos()
 
-    def insert_twice(pool: PagePool, slot: int, pages: HostPages) -> None:
-        calls.append(slot)
-        if len(calls) > 2:
-            raise RuntimeError("out of memory")
-        insert(pool, slot, pages)
 
-    monkeypatch.setattr(PagePool, "insert", insert_twice)
-    failed = store.load("one", files["one"])
-    assert isinstance(failed, Exhausted) and len(calls) == 3
-    assert store.store.pages.num_bytes == 0 and not store.store.infos()
-    monkeypatch.undo()
-    assert isinstance(store.load("one", files["one"]), AdapterInfo)
+def test_names_that_are_no_text_and_thousands_of_problems_are_told_in_bounds(
+    make: Callable[..., _Store], files: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(files["one"], folder)
+    (folder / os.fsdecode(b"\xff.bin")).write_bytes(b"x")
+    refused = make().load("odd", folder)
+    assert isinstance(refused, Precondition) and refused.problems
+    json.dumps(refused.problems).encode()
+    "".join([refused.message, *refused.problems]).encode("utf-8")
+    assert len(_printable(["x"] * 10_000)) == 101
 
 
 def test_unloading_what_is_not_there_is_not_found(make: Callable[..., _Store]) -> None:

@@ -53,6 +53,16 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_layernorm = RmsNorm(config.kv_lora_rank, LATENT_NORM_EPS, placement)
         self.kv_b_proj = projection("kv_b_proj")
         self.o_proj = projection("o_proj")
+        # kv_b once more, head by head: a view of it would be copied for every product of every step.
+        self.key_up_HNC = placement.empty(self.num_heads, self.nope, self.num_latent)
+        self.value_up_HCV = placement.empty(self.num_heads, self.num_latent, self.value)
+
+    def absorb_weights(self) -> None:
+        """Fill what decoding multiplies by, once kv_b is loaded."""
+        weight_HOC = self.kv_b_proj.weight.view(self.num_heads, self.nope + self.value, self.num_latent)
+        key_up_HNC, value_up_HVC = weight_HOC.split((self.nope, self.value), dim=1)
+        self.key_up_HNC.copy_(key_up_HNC)
+        self.value_up_HCV.copy_(value_up_HVC.transpose(1, 2))
 
     def forward(
         self,
@@ -100,9 +110,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         A LoRA on kv_b changes W_UK and W_UV, so it is applied inside both products, factored at its rank.
         """
-        weight_HOC = self.kv_b_proj.weight.view(self.num_heads, self.nope + self.value, self.num_latent)
-        key_up_HNC, value_up_HVC = weight_HOC.split((self.nope, self.value), dim=1)
-        query_HBC = torch.bmm(query_nope.transpose(0, 1), key_up_HNC)
+        query_HBC = torch.bmm(query_nope.transpose(0, 1), self.key_up_HNC)
         query_BHC = query_HBC.transpose(0, 1).contiguous()
         factors = lora.factors_of_rows(self.kv_b_proj.name, batch.decode_rows) if lora is not None else []
         for rows, a_CR, b_RO in factors:
@@ -110,9 +118,14 @@ class MultiHeadLatentAttention(nn.Module):
             query_BHC[rows] += torch.einsum("bhn,rhn->bhr", query_nope[rows], b_RHN) @ a_CR.T
         query_BHX = torch.cat((query_BHC, query_rope), dim=-1)
         latent_BHC = self.ops.mla_decode(
-            query_BHX, cache_SX, batch.decode_slots_BL, batch.decode_lens_B, self.scale, self.num_latent
+            query_BHX,
+            cache_SX,
+            batch.decode_slots_BL,
+            batch.decode_lens_B if batch.decode_is_padded else None,
+            self.scale,
+            self.num_latent,
         )
-        out_BHV = torch.bmm(latent_BHC.transpose(0, 1), value_up_HVC.transpose(1, 2)).transpose(0, 1)
+        out_BHV = torch.bmm(latent_BHC.transpose(0, 1), self.value_up_HCV).transpose(0, 1)
         for rows, a_CR, b_RO in factors:
             b_RHV = b_RO.view(-1, self.num_heads, self.nope + self.value)[..., self.nope :]
             out_BHV[rows] += torch.einsum("bhr,rhv->bhv", latent_BHC[rows] @ a_CR, b_RHV)

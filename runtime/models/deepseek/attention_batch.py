@@ -25,7 +25,8 @@ class AttentionBatch:
     """One step's attention layout. All index tensors are int64 on the device.
 
     `decode_rows_B` are the token rows that decode, ascending; `decode_rows` the same on the host;
-    `decode_slots_BL` their context's cache slots, padded; `decode_lens_B` the context lengths with the new token.
+    `decode_slots_BL` their context's cache slots, padded; `decode_lens_B` the context lengths with the new token;
+    `decode_is_padded` tells whether those differ.
     """
 
     positions_T: Tensor
@@ -34,4 +35,5 @@ class AttentionBatch:
     decode_rows: list[int]
     decode_slots_BL: Tensor
     decode_lens_B: Tensor
+    decode_is_padded: bool
     prefills: list[PrefillSpan]

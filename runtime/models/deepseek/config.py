@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ class YarnScaling:
     """YaRN parameters (Peng et al. 2023, arXiv:2309.00071), named as in config.json."""
 
     factor: float
-    original_max_position_embeddings: int
+    original_max_position_embeddings: float
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 1.0
@@ -157,51 +157,85 @@ class DeepseekConfig:
         return AdapterTargets(self.linear_shapes(), experts, self.num_hidden_layers)
 
 
+# What transformers takes for a key that config.json leaves out; Kimi's files are complete, so nothing is assumed there.
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        "q_lora_rank": 1536, "n_shared_experts": 1, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4,
+        "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+    },
+    "deepseek_v2": {
+        "q_lora_rank": 1536, "n_shared_experts": 2, "first_k_dense_replace": 0, "n_group": None, "topk_group": None,
+        "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+    },
+    "kimi_k2": {},
+}  # fmt: skip
+_COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_intermediate_size", "n_routed_experts",
+    "num_experts_per_tok", "max_position_embeddings",
+)  # fmt: skip
+_FAMILY_KEYS = tuple(_FAMILY_DEFAULTS["deepseek_v3"])
+# Keys of which one value is implemented; another would change the maths.
+_ONLY_VALUES = {
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1, "rope_interleave": True,
+}  # fmt: skip
+
+
 def _fields(raw: Mapping[str, Any], model_dir: Path) -> dict[str, Any]:
-    """The constructor's arguments from config.json; keys that would change the maths are refused, not dropped."""
-    needed = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
-        "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_intermediate_size", "n_routed_experts",
-        "num_experts_per_tok", "max_position_embeddings",
-    )  # fmt: skip
-    missing = [key for key in needed if raw.get(key) is None]
-    if missing:
-        raise ValueError(f"{model_dir / 'config.json'} lacks {', '.join(missing)}: is this a DeepSeek MoE model?")
-    harmless = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1,
-                "rope_interleave": True}  # fmt: skip
-    for key, only in harmless.items():
-        if raw.get(key, only) != only:
-            raise ValueError(f"{model_dir / 'config.json'}: {key} = {raw[key]!r} is not supported: {only!r} only")
+    """The constructor's arguments from config.json; raises ValueError naming keys that are missing or wrong."""
+    path = model_dir / "config.json"
     model_type = str(raw.get("model_type", ""))
+    family = _FAMILY_DEFAULTS.get(model_type, {}) | {key: raw[key] for key in _FAMILY_KEYS if key in raw}
+    missing = [key for key in _COUNTS if raw.get(key) is None] + [key for key in _FAMILY_KEYS if key not in family]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: is this a DeepSeek MoE model?")
+    for key, only in _ONLY_VALUES.items():
+        if raw.get(key, only) != only:
+            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported: {only!r} only")
     is_v2 = model_type == "deepseek_v2"
-    fields = {key: raw[key] for key in needed}
-    return fields | {
+    counts = {key: _count(raw[key], 1, f"{path}: {key}") for key in _COUNTS}
+    return counts | {
         "model_type": model_type,
-        "q_lora_rank": raw.get("q_lora_rank"),
-        "n_shared_experts": raw.get("n_shared_experts") or 0,
-        "first_k_dense_replace": raw.get("first_k_dense_replace", 0),
-        "n_group": raw.get("n_group") or 1,
-        "topk_group": raw.get("topk_group") or 1,
+        "q_lora_rank": family["q_lora_rank"] and _count(family["q_lora_rank"], 1, f"{path}: q_lora_rank"),
+        "n_shared_experts": _count(family["n_shared_experts"] or 0, 0, f"{path}: n_shared_experts"),
+        "first_k_dense_replace": _count(family["first_k_dense_replace"], 0, f"{path}: first_k_dense_replace"),
+        "n_group": _count(family["n_group"] or 1, 1, f"{path}: n_group"),
+        "topk_group": _count(family["topk_group"] or 1, 1, f"{path}: topk_group"),
         "scoring_func": raw.get("scoring_func") or ("softmax" if is_v2 else "sigmoid"),
         "topk_method": raw.get("topk_method") or ("greedy" if is_v2 else "noaux_tc"),
-        "norm_topk_prob": bool(raw.get("norm_topk_prob", not is_v2)),
-        "routed_scaling_factor": float(raw.get("routed_scaling_factor", 1.0)),
-        "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+        "norm_topk_prob": bool(family["norm_topk_prob"]),
+        "routed_scaling_factor": _number(family["routed_scaling_factor"], f"{path}: routed_scaling_factor"),
+        "rms_norm_eps": _number(raw.get("rms_norm_eps", 1e-6), f"{path}: rms_norm_eps"),
         "rope_theta": float(raw["rope_theta"]),
-        "yarn": _yarn(raw.get("rope_scaling"), model_dir),
+        "yarn": _yarn(raw.get("rope_scaling"), path),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "stored_dtype": raw.get("torch_dtype") or raw.get("dtype"),
     }
 
 
-def _yarn(scaling: Mapping[str, Any] | None, model_dir: Path) -> YarnScaling | None:
+def _count(value: object, least: int, where: str) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{where} = {value!r} must be a whole number, {least} or more")
+    return value
+
+
+def _number(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"{where} = {value!r} must be a positive number")
+    return float(value)
+
+
+def _yarn(scaling: Mapping[str, Any] | None, path: Path) -> YarnScaling | None:
     if scaling is None or scaling["rope_type"] == "default":
         return None
     if scaling["rope_type"] != "yarn":
-        raise ValueError(f"{model_dir / 'config.json'}: rope type {scaling['rope_type']!r} is not supported: yarn only")
-    known = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
-    unknown = {key for key, value in scaling.items() if value is not None} - known - {
-        "rope_type", "type", "rope_theta", "truncate", "partial_rotary_factor"}  # fmt: skip
-    if unknown or scaling.get("truncate") is False or scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{model_dir / 'config.json'}: unsupported YaRN keys or values in {dict(scaling)}")
-    return YarnScaling(**{key: scaling[key] for key in known if scaling.get(key) is not None})
+        raise ValueError(f"{path}: rope type {scaling['rope_type']!r} is not supported: yarn only")
+    given = {key: value for key, value in scaling.items() if value is not None and key not in ("rope_type", "type")}
+    if given.pop("truncate", True) is not True or given.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{path}: unsupported YaRN values in {dict(scaling)}")
+    known = {field.name for field in fields(YarnScaling)}
+    if unknown := sorted(given.keys() - known):
+        raise ValueError(f"{path}: unsupported YaRN keys {', '.join(unknown)}")
+    if missing := sorted({"factor", "original_max_position_embeddings"} - given.keys()):
+        raise ValueError(f"{path}: YaRN lacks {', '.join(missing)}")
+    return YarnScaling(**{key: _number(value, f"{path}: rope_scaling.{key}") for key, value in given.items()})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from loaders.base import TensorSpec, stream_base
+from loaders.base import TensorSpec, plan_base
 from runtime.layers.linear import Linear
 from runtime.layers.lora_site import StepLora
 from runtime.layers.mlp import GatedMlp
@@ -19,6 +20,8 @@ from runtime.models.deepseek.attention_batch import AttentionBatch
 from runtime.models.deepseek.config import DeepseekConfig
 from runtime.models.deepseek.moe import MixtureOfExperts, RoutedExperts
 from runtime.models.deepseek.rope import cos_sin, inverse_frequencies, rotary_scale
+
+logger = logging.getLogger(__name__)
 
 
 class DecoderLayer(nn.Module):
@@ -95,7 +98,7 @@ class DeepseekModel(nn.Module):
         for index, layer in enumerate(self.layers):
             prefix = f"model.layers.{index}."
             for name, parameter in layer.named_parameters():
-                if ".experts." not in name:
+                if (name.endswith(".weight") and ".experts." not in name) or name.endswith("correction_bias"):
                     named[prefix + name] = parameter
             for module in layer.modules():
                 if isinstance(module, RoutedExperts):
@@ -116,12 +119,15 @@ def load_model(
         name: TensorSpec(tuple(tensor.shape), keep_float32=name.endswith("e_score_correction_bias"))
         for name, tensor in destinations.items()
     }
-    stream = stream_base(
-        model_dir, specs, placement.dtype, ignored_layers_from=config.num_hidden_layers, progress=progress
-    )
+    plan = plan_base(model_dir, specs, ignored_layers_from=config.num_hidden_layers)
+    for name, reason in plan.report.skipped:
+        logger.info("skipped %s: %s", name, reason)
     with torch.no_grad():
-        for name, tensor in stream:
+        for name, tensor in plan.stream(placement.dtype, progress):
             destinations[name].copy_(tensor)
+        for module in model.modules():
+            if isinstance(module, MultiHeadLatentAttention):
+                module.absorb_weights()
     return model
 
 

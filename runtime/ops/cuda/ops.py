@@ -1,4 +1,4 @@
-"""CUDA back-end: PyTorch's grouped matmul, with no step that waits for the device."""
+"""CUDA back-end: PyTorch's grouped matmul, with group lists that never leave the device."""
 
 from __future__ import annotations
 
