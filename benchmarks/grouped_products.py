@@ -36,13 +36,14 @@ def main() -> None:
 
 
 def _base_lines() -> list[str]:
-    weight = torch.randn(NUM_EXPERTS, HIDDEN, 2 * WIDTH, dtype=torch.bfloat16)
+    ops = cpu.CpuOps()
+    columns = ops.panel_columns(2 * WIDTH, num_parts=2)
+    weight = torch.randn(NUM_EXPERTS, 2 * WIDTH // columns, HIDDEN, columns, dtype=torch.bfloat16)
     lines = ["base experts: rows per expert, bag ms, matmul loop ms"]
     for rows in (1, 2, 3, 4, 8):
         counts = torch.full((NUM_EXPERTS,), rows)
         x = torch.randn(rows * NUM_EXPERTS, HIDDEN).to(torch.bfloat16)
-        groups = torch.arange(NUM_EXPERTS).repeat_interleave(rows)
-        bag = _ms(lambda x=x, groups=groups: cpu._bag_matmul(x, weight, cpu._bag_index(groups, weight)))
+        bag = _ms(lambda x=x, counts=counts: cpu._panel_bag_matmul(x, weight, counts))
         loop = _ms(lambda x=x, counts=counts: cpu._loop_matmul(x, weight, counts.tolist()))
         lines.append(f"{rows:4d} {bag:8.1f} {loop:8.1f}")
     return lines

@@ -1,7 +1,8 @@
 """The table of device operations: everything that a back-end may do better than plain PyTorch.
 
 Shape suffixes: T tokens, M routed rows, G groups, P pages, K and N matrix sides, R LoRA rank, B sequences,
-H heads, C latent width (kv_lora_rank), D rope width, L padded context length, S cache slots.
+H heads, C latent width (kv_lora_rank), D rope width, L padded context length, S cache slots; a group's weight
+[K, N] is stored as J panels of W columns each, N = J W.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from runtime.ops import reference
 class Ops(ABC):
     """Operations of one device. What a back-end does not override runs as the reference does."""
 
+    def panel_columns(self, num_columns: int, num_parts: int = 1) -> int:
+        """Columns W of one panel of a grouped weight: all of them, unless a device gains by less.
+
+        A weight of several equal parts (gate and up) has one panel, or panels that each lie in one part.
+        """
+        return num_columns
+
     @abstractmethod
-    def grouped_matmul(self, x_MK: Tensor, weight_GKN: Tensor, counts_G: Tensor) -> Tensor:
-        """Rows in order; group g's `counts_G[g]` rows are multiplied by `weight_GKN[g]`. Counts sum to M."""
+    def grouped_matmul(self, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:
+        """Rows in order; group g's `counts_G[g]` rows are multiplied by its weight. Counts sum to M."""
 
     @abstractmethod
     def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:

@@ -19,6 +19,7 @@ from runtime.ops.base import Ops
 # Rows per group up to which embedding_bag beats a loop of matmuls (`benchmarks/grouped_products.py`).
 MAX_BAG_ROWS_PER_BASE_GROUP = 3
 MAX_BAG_ROWS_PER_LORA_PAGE = 6
+MAX_PANEL_COLUMNS = 256
 # oneDNN compiles and caches a kernel for each number of rows: milliseconds and half a megabyte for each.
 ROW_MULTIPLE = 16
 
@@ -26,14 +27,20 @@ ROW_MULTIPLE = 16
 class CpuOps(Ops):
     """Grouped products chosen by the number of rows per group."""
 
-    def grouped_matmul(self, x_MK: Tensor, weight_GKN: Tensor, counts_G: Tensor) -> Tensor:
+    def panel_columns(self, num_columns: int, num_parts: int = 1) -> int:
+        """See `Ops.panel_columns`: as many as embedding_bag sums in registers, so that it streams through memory."""
+        if num_columns <= MAX_PANEL_COLUMNS:
+            return num_columns
+        of_part = num_columns // num_parts
+        return max(width for width in range(1, MAX_PANEL_COLUMNS + 1) if of_part % width == 0)
+
+    def grouped_matmul(self, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:
         """See `Ops.grouped_matmul`."""
         counts = counts_G.tolist()
         num_groups = len(counts) - counts.count(0)
-        if x_MK.shape[0] <= MAX_BAG_ROWS_PER_BASE_GROUP * num_groups:
-            groups_M = torch.repeat_interleave(counts_G, output_size=x_MK.shape[0])
-            return _bag_matmul(x_MK, weight_GKN, _bag_index(groups_M, weight_GKN))
-        return _loop_matmul(x_MK, weight_GKN, counts)
+        if x_MK.shape[0] > MAX_BAG_ROWS_PER_BASE_GROUP * num_groups:
+            return _loop_matmul(x_MK, weight_GJKW, counts)
+        return _panel_bag_matmul(x_MK, weight_GJKW, counts_G)
 
     def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:
         """See `Ops.lora_add_`."""
@@ -59,15 +66,26 @@ class CpuOps(Ops):
         return out[0, ..., :num_value].float(), lse_HT[0]
 
 
-def _loop_matmul(x_MK: Tensor, weight_GKN: Tensor, counts: list[int]) -> Tensor:
-    y_MN = x_MK.new_empty(x_MK.shape[0], weight_GKN.shape[2])
+def _panel_bag_matmul(x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:
+    num_panels = weight_GJKW.shape[1]
+    groups_M = torch.repeat_interleave(counts_G, output_size=x_MK.shape[0])
+    panels_MJ = groups_M[:, None] * num_panels + torch.arange(num_panels)
+    panels_GKW = weight_GJKW.flatten(0, 1)
+    x_of_panels = x_MK.repeat_interleave(num_panels, 0)
+    return _bag_matmul(x_of_panels, panels_GKW, _bag_index(panels_MJ.flatten(), panels_GKW)).view(len(x_MK), -1)
+
+
+def _loop_matmul(x_MK: Tensor, weight_GJKW: Tensor, counts: list[int]) -> Tensor:
+    num_panels, _, width = weight_GJKW.shape[1:]
+    y_MJW = x_MK.new_empty(x_MK.shape[0], num_panels, width)
     start = 0
     for group, count in enumerate(counts):
         if count:
             rows = _rounded_rows(start, count, x_MK.shape[0])
-            torch.mm(x_MK[rows], weight_GKN[group], out=y_MN[rows])
+            product_JMW = torch.bmm(x_MK[rows].expand(num_panels, -1, -1), weight_GJKW[group])
+            y_MJW[rows] = product_JMW.transpose(0, 1)
             start += count
-    return y_MN
+    return y_MJW.flatten(1)
 
 
 def _rounded_rows(start: int, count: int, num_rows: int) -> slice:

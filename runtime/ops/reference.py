@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 
-def grouped_matmul(x_MK: Tensor, weight_GKN: Tensor, counts_G: Tensor) -> Tensor:
+def grouped_matmul(x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:
     """Reference of `Ops.grouped_matmul`."""
+    weight_GKN = weight_GJKW.transpose(1, 2).flatten(2)
     y_MN = x_MK.new_empty(x_MK.shape[0], weight_GKN.shape[2])
     start = 0
     for group, count in enumerate(counts_G.tolist()):

@@ -24,12 +24,16 @@ def _names(value: object) -> str:
 @pytest.mark.parametrize(
     "counts", [[1, 0, 2, 0, 1], [40, 0, 17, 3, 8], [0, 0, 0, 0, 5]], ids=["decode", "prefill", "one group"]
 )
-def test_grouped_matmul_equals_its_reference(ops: Ops, dtype: torch.dtype, counts: list[int]) -> None:
+@pytest.mark.parametrize("num_columns", [16, 704], ids=["one panel", "many panels"])
+def test_grouped_matmul_equals_its_reference(ops: Ops, dtype: torch.dtype, counts: list[int], num_columns: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(sum(counts), 48).to(dtype)
-    weight = (torch.randn(len(counts), 48, 32) / 7).to(dtype)
-    expected = reference.grouped_matmul(x.float(), weight.float(), torch.tensor(counts))
-    seen = ops.grouped_matmul(x, weight, torch.tensor(counts))
+    weight = (torch.randn(len(counts), 48, 2 * num_columns) / 7).to(dtype)
+    expected = torch.cat([rows @ w for rows, w in zip(x.float().split(counts), weight.float(), strict=True)])
+    width = ops.panel_columns(2 * num_columns, num_parts=2)
+    panels = weight.unflatten(2, (-1, width)).transpose(1, 2).contiguous()
+    torch.testing.assert_close(reference.grouped_matmul(x.float(), panels.float(), torch.tensor(counts)), expected)
+    seen = ops.grouped_matmul(x, panels, torch.tensor(counts))
     assert seen.dtype is dtype
     torch.testing.assert_close(seen.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 

@@ -123,8 +123,9 @@ def test_tokenize_truncates_and_keeps_offsets_with_their_tokens(server: LiveServ
     request.truncate_input_tokens = 2
     (cut,) = server.generation.Tokenize(request).responses
     assert cut.token_count == 2
-    assert list(cut.tokens) == list(whole.tokens)[-2:]
-    assert list(cut.offsets) == list(whole.offsets)[-2:]
+    # As in Generate, the begin token stays and counts.
+    assert list(cut.tokens) == [whole.tokens[0], whole.tokens[-1]]
+    assert list(cut.offsets) == [whole.offsets[0], whole.offsets[-1]]
 
 
 BAD_PARAMETERS = {

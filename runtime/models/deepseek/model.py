@@ -88,7 +88,7 @@ class DeepseekModel(nn.Module):
         return logits.float()
 
     def destinations(self) -> dict[str, Tensor]:
-        """Name on disk -> the memory that its tensor goes to (for experts a view into the stacked weights)."""
+        """Name on disk -> the memory that its tensor goes to (for experts a 3-D view into their panels)."""
         named: dict[str, Tensor] = {
             "model.embed_tokens.weight": self.embed_tokens,
             "model.norm.weight": self.norm.weight,
@@ -116,7 +116,7 @@ def load_model(
     model = DeepseekModel(config, placement)
     destinations = model.destinations()
     specs = {
-        name: TensorSpec(tuple(tensor.shape), keep_float32=name.endswith("e_score_correction_bias"))
+        name: TensorSpec(_disk_shape(tensor), keep_float32=name.endswith("e_score_correction_bias"))
         for name, tensor in destinations.items()
     }
     plan = plan_base(model_dir, specs, ignored_layers_from=config.num_hidden_layers)
@@ -124,7 +124,7 @@ def load_model(
         logger.info("skipped %s: %s", name, reason)
     with torch.no_grad():
         for name, tensor in plan.stream(placement.dtype, progress):
-            destinations[name].copy_(tensor)
+            destinations[name].copy_(tensor.view(destinations[name].shape))
         for module in model.modules():
             if isinstance(module, MultiHeadLatentAttention):
                 module.absorb_weights()
@@ -132,11 +132,19 @@ def load_model(
 
 
 def _expert_destinations(prefix: str, experts: RoutedExperts) -> dict[str, Tensor]:
+    """Views [panels, columns, in] of each expert's weights; read in that order they are the rows [out, in] on disk."""
     named = {}
-    width = experts.w2.shape[1]
     for index in range(experts.w13.shape[0]):
-        gate_up = experts.w13[index].T
-        named[f"{prefix}.{index}.gate_proj.weight"] = gate_up[:width]
-        named[f"{prefix}.{index}.up_proj.weight"] = gate_up[width:]
-        named[f"{prefix}.{index}.down_proj.weight"] = experts.w2[index].T
+        gate_up = experts.w13[index].transpose(1, 2)
+        gate, up = gate_up.chunk(2, dim=1 if gate_up.shape[0] == 1 else 0)
+        named[f"{prefix}.{index}.gate_proj.weight"] = gate
+        named[f"{prefix}.{index}.up_proj.weight"] = up
+        named[f"{prefix}.{index}.down_proj.weight"] = experts.w2[index].transpose(1, 2)
     return named
+
+
+def _disk_shape(destination: Tensor) -> tuple[int, ...]:
+    if destination.dim() == 3:
+        panels, columns, in_features = destination.shape
+        return panels * columns, in_features
+    return tuple(destination.shape)

@@ -16,15 +16,17 @@ from runtime.models.deepseek.router import Router
 
 
 class RoutedExperts(nn.Module):
-    """All experts' weights side by side: w13 [E, H, 2I] (gate, then up) and w2 [E, I, H], ready for grouped_matmul."""
+    """All experts' weights, ready for grouped_matmul: w13 [E, H, 2I] (gate, then up) and w2 [E, I, H], in panels."""
 
     def __init__(self, layer: int, config: DeepseekConfig, placement: Placement) -> None:
         super().__init__()
         self.layer = layer
         self.ops = placement.ops
         num_experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.w13 = placement.empty(num_experts, hidden, 2 * width)
-        self.w2 = placement.empty(num_experts, width, hidden)
+        columns13 = self.ops.panel_columns(2 * width, num_parts=2)
+        columns2 = self.ops.panel_columns(hidden)
+        self.w13 = placement.empty(num_experts, 2 * width // columns13, hidden, columns13)
+        self.w2 = placement.empty(num_experts, hidden // columns2, width, columns2)
 
     def forward(self, x_TH: Tensor, weights: Tensor, experts: Tensor, lora: StepLora | None) -> Tensor:
         """Sum over each token's experts, weighted: [T, H], [T, top-k], [T, top-k] -> [T, H]."""

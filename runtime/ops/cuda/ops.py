@@ -13,10 +13,9 @@ from runtime.ops.base import Ops
 class CudaOps(Ops):
     """Everything in one grouped product per call; group lists stay on the device."""
 
-    def grouped_matmul(self, x_MK: Tensor, weight_GKN: Tensor, counts_G: Tensor) -> Tensor:
+    def grouped_matmul(self, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:
         """See `Ops.grouped_matmul`."""
-        offsets = counts_G.cumsum(0).to(torch.int32)
-        return torch.nn.functional.grouped_mm(x_MK, weight_GKN, offs=offsets)
+        return _grouped_mm(x_MK, weight_GJKW.squeeze(1), counts_G)
 
     def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:
         """See `Ops.lora_add_`. Rows without a page are moved past the end of the group list and masked."""
@@ -25,11 +24,16 @@ class CudaOps(Ops):
         order = torch.where(has_page, pages_M, num_pages).argsort(stable=True)
         counts_P = torch.zeros(num_pages, dtype=torch.int64, device=y_MN.device)
         counts_P.index_add_(0, pages_M.clamp(min=0), has_page.long())
-        shrunk_MR = self.grouped_matmul(x_MK[order], a_PKR, counts_P)
+        shrunk_MR = _grouped_mm(x_MK[order], a_PKR, counts_P)
         deltas = [
-            self.grouped_matmul(part_MR.contiguous(), b_PRN, counts_P)
+            _grouped_mm(part_MR.contiguous(), b_PRN, counts_P)
             for part_MR, b_PRN in zip(shrunk_MR.chunk(len(bs_PRN), dim=1), bs_PRN, strict=True)
         ]
         # Rows past the last group hold whatever was in memory, so they are replaced, not multiplied by zero.
         delta_MN = torch.where(has_page[order][:, None], torch.cat(deltas, dim=1), 0)
         y_MN.index_add_(0, order, delta_MN)
+
+
+def _grouped_mm(x_MK: Tensor, weight_GKN: Tensor, counts_G: Tensor) -> Tensor:
+    """Rows beyond the sum of the counts are uninitialised in the result."""
+    return torch.nn.functional.grouped_mm(x_MK, weight_GKN, offs=counts_G.cumsum(0).to(torch.int32))
