@@ -16,9 +16,9 @@ from torch.nn.functional import embedding_bag, pad
 
 from runtime.ops.base import Ops
 
-# Rows per group up to which embedding_bag beats a loop of matmuls (`benchmarks/grouped_products.py`).
-MAX_BAG_ROWS_PER_BASE_GROUP = 3
-MAX_BAG_ROWS_PER_LORA_PAGE = 6
+# Rows per group up to which embedding_bag beats matmuls, looped or batched (`benchmarks/grouped_products.py`).
+MAX_BAG_ROWS_PER_BASE_GROUP = 6
+MAX_BAG_ROWS_PER_LORA_PAGE = 16
 MAX_PANEL_COLUMNS = 256
 # oneDNN compiles and caches a kernel for each number of rows: milliseconds and half a megabyte for each.
 ROW_MULTIPLE = 16
