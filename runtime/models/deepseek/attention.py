@@ -21,7 +21,7 @@ from runtime.models.deepseek.rope import softmax_scale
 from runtime.ops.reference import merge_blocks, rotate_interleaved
 
 # Bound on the numbers of one block of a prefill: its scores, and the keys and values that it expands.
-MAX_BLOCK_NUMBERS = 2**24
+MAX_BLOCK_NUMBERS = 2**23
 # The norms inside attention have this eps in DeepSeek's code, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
 
