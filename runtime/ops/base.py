@@ -1,8 +1,8 @@
 """The table of device operations: everything that a back-end may do better than plain PyTorch.
 
-Shape suffixes: T tokens, M routed rows, G groups, P pages, K and N matrix sides, R LoRA rank, B sequences,
-H heads, C latent width (kv_lora_rank), D rope width, L padded context length, S cache slots; a group's weight
-[K, N] is stored as J panels of W columns each, N = J W.
+Shape suffixes: T tokens, E chosen experts of a token, M routed rows, G groups, P pages, K and N matrix sides,
+R LoRA rank, B sequences, H heads, C latent width (kv_lora_rank), D rope width, L padded context length, S cache
+slots; a group's weight [K, N] is stored as J panels of W columns each, N = J W.
 """
 
 from __future__ import annotations
@@ -37,6 +37,14 @@ class Ops(ABC):
         Rows of one page are contiguous and pages ascend along the rows that have one. Several `bs` split the
         columns of `y` and of `a` into equal parts, one for each (gate and up share one shrink).
         """
+
+    def combine_experts(self, y_MN: Tensor, order_M: Tensor, weights_TE: Tensor) -> Tensor:
+        """Each token's weighted sum over its E experts' rows, [T, N], summed in float32 in the order of its choice.
+
+        Row m of `y` belongs to place `order_M[m]` of the T x E choices, so a token's sum does not depend on how
+        its neighbours' rows were sorted. `weights_TE` are float32.
+        """
+        return reference.combine_experts(y_MN, order_M, weights_TE)
 
     def rms_norm(self, x_TN: Tensor, weight_N: Tensor, eps: float) -> Tensor:
         """Root-mean-square norm over the last axis, computed in float32."""

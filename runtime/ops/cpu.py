@@ -53,6 +53,15 @@ class CpuOps(Ops):
         else:
             _tile_lora_add_(y_MN, x_MK, a_PKR, bs_PRN, rows, pages, counts)
 
+    def combine_experts(self, y_MN: Tensor, order_M: Tensor, weights_TE: Tensor) -> Tensor:
+        """See `Ops.combine_experts`: one expert after the other, which never writes all rows out in float32."""
+        places_M = torch.empty_like(order_M)
+        places_M[order_M] = torch.arange(order_M.numel())
+        sum_TN = y_MN.new_zeros(weights_TE.shape[0], y_MN.shape[1], dtype=torch.float32)
+        for places_T, weights_T in zip(places_M.view_as(weights_TE).unbind(1), weights_TE.unbind(1), strict=True):
+            sum_TN.addcmul_(y_MN[places_T].float(), weights_T[:, None])
+        return sum_TN.to(y_MN.dtype)
+
     def attend_block(
         self, query_HTX: Tensor, key_HLX: Tensor, value_HLV: Tensor, scale: float, *, causal: bool
     ) -> tuple[Tensor, Tensor]:

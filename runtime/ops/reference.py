@@ -32,6 +32,13 @@ def lora_add_(y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor
             y_MN[row, part * width : (part + 1) * width] += delta_N
 
 
+def combine_experts(y_MN: Tensor, order_M: Tensor, weights_TE: Tensor) -> Tensor:
+    """Reference of `Ops.combine_experts`."""
+    unsorted_MN = torch.empty_like(y_MN)
+    unsorted_MN[order_M] = y_MN
+    return (unsorted_MN.view(*weights_TE.shape, -1).float() * weights_TE[..., None]).sum(1).to(y_MN.dtype)
+
+
 def rms_norm(x_TN: Tensor, weight_N: Tensor, eps: float) -> Tensor:
     """Reference of `Ops.rms_norm`; the result is rounded to the input's dtype before the weight, as DeepSeek does."""
     x_float = x_TN.float()

@@ -71,6 +71,20 @@ def test_rows_without_a_page_are_safe_from_what_is_in_other_memory() -> None:
 
 
 @pytest.mark.parametrize("ops", BACK_ENDS, ids=_names)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_combine_experts_is_each_tokens_weighted_sum(ops: Ops, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    choices = torch.randn(6, 3, 20).to(dtype)
+    weights = torch.rand(6, 3)
+    order = torch.randperm(18)
+    expected = torch.einsum("ten,te->tn", choices.double(), weights.double())
+    seen = ops.combine_experts(choices.flatten(0, 1)[order], order, weights)
+    assert seen.dtype is dtype
+    torch.testing.assert_close(seen.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    torch.testing.assert_close(reference.combine_experts(choices.flatten(0, 1)[order], order, weights), seen)
+
+
+@pytest.mark.parametrize("ops", BACK_ENDS, ids=_names)
 @pytest.mark.parametrize("widths", [(12, 7), (6, 9)], ids=["narrow values", "wide values"])
 def test_blocks_of_keys_merge_to_plain_attention(ops: Ops, widths: tuple[int, int]) -> None:
     """Against PyTorch's own attention: a context in two blocks, then the chunk itself, causal."""

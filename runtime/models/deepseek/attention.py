@@ -29,6 +29,9 @@ LATENT_NORM_EPS = 1e-6
 class MultiHeadLatentAttention(nn.Module):
     """Decoding absorbs kv_b into query and output (`_decode`); prefill expands keys and values (`_prefill`)."""
 
+    key_up_HNC: Tensor
+    value_up_HCV: Tensor
+
     def __init__(self, name: str, config: DeepseekConfig, placement: Placement) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
@@ -54,8 +57,10 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = projection("kv_b_proj")
         self.o_proj = projection("o_proj")
         # kv_b once more, head by head: a view of it would be copied for every product of every step.
-        self.key_up_HNC = placement.empty(self.num_heads, self.nope, self.num_latent)
-        self.value_up_HCV = placement.empty(self.num_heads, self.num_latent, self.value)
+        key_up_HNC = placement.empty(self.num_heads, self.nope, self.num_latent)
+        value_up_HCV = placement.empty(self.num_heads, self.num_latent, self.value)
+        self.register_buffer("key_up_HNC", key_up_HNC.data, persistent=False)
+        self.register_buffer("value_up_HCV", value_up_HCV.data, persistent=False)
 
     def absorb_weights(self) -> None:
         """Fill what decoding multiplies by, once kv_b is loaded."""

@@ -43,10 +43,7 @@ class RoutedExperts(nn.Module):
         y_MH = self.ops.grouped_matmul(inner_MI, self.w2, counts_E)
         if lora is not None:
             lora.add_experts_down_(self.layer, y_MH, inner_MI, rows_M, experts_M)
-        # Back to token order before the sum, so that a token's result does not depend on its neighbours.
-        unsorted = torch.empty_like(y_MH)
-        unsorted[order_M] = y_MH
-        return (unsorted.view(*experts.shape, -1) * weights[..., None]).sum(1).to(x_TH.dtype)
+        return self.ops.combine_experts(y_MH, order_M, weights)
 
 
 class MixtureOfExperts(nn.Module):
