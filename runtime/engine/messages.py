@@ -47,6 +47,14 @@ class CancelRequest:
 
 
 @dataclass(frozen=True)
+class PauseRequest:
+    """Keep a request out of the coming steps, or let it go on: its reader is slow. Unknown ids are ignored."""
+
+    request_id: RequestId
+    paused: bool
+
+
+@dataclass(frozen=True)
 class LoadAdapter:
     """Load the adapter folder at an absolute, already authorised path under a name."""
 
@@ -118,6 +126,23 @@ class SequenceOutput:
 
 
 @dataclass(frozen=True)
+class TokenScore:
+    """What the model thought of a token that was given: its log-probability, rank (from 1) and the alternatives."""
+
+    logprob: float
+    rank: int
+    top_tokens: list[TopToken] = dataclass_field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PromptScored:
+    """Scores of the next prompt tokens of a request, in order from its second token on; before its first output."""
+
+    request_id: RequestId
+    scores: list[TokenScore]
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """Counters (monotonic) and gauges of the engine, sent with outputs."""
 
@@ -179,5 +204,5 @@ class EngineFailed:
     message: str
 
 
-Command = AddRequest | CancelRequest | LoadAdapter | UnloadAdapter | ListAdapters | Shutdown
-Event = EngineReady | StepOutputs | RequestFailed | AdapterReply | CallFailed | EngineFailed
+Command = AddRequest | CancelRequest | PauseRequest | LoadAdapter | UnloadAdapter | ListAdapters | Shutdown
+Event = EngineReady | StepOutputs | PromptScored | RequestFailed | AdapterReply | CallFailed | EngineFailed

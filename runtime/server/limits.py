@@ -20,4 +20,9 @@ class Limits:
     max_top_n_tokens: int = 10
     min_temperature: float = 0.05
     max_temperature: float = 100.0
+    max_repetition_penalty: float = 2.0
+    min_decay_factor: float = 1.0
+    max_decay_factor: float = 10.0
+    max_guide_bytes: int = 16 * 1024
+    max_choices: int = 256
     max_batch_requests: int = 256
