@@ -6,12 +6,12 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from runtime.config import DEVICES, DTYPES, EngineConfig, ServerConfig
 from runtime.env import configure_logging, default_admin, default_server
 from runtime.errors import GraftError
+from runtime.version import version
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,11 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="graft", description="Serve one DeepSeek MoE base with a routed-expert LoRA adapter per request."
     )
-    parser.add_argument("--version", action="version", version=f"graft {_version()}")
+    parser.add_argument("--version", action="version", version=f"graft {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_generate(commands)
     _add_adapters(commands)
+    _add_server(commands)
     _add_inspect(commands)
     demo = commands.add_parser("demo", help="serve the bundled model and adapters, send requests, print a table")
     demo.set_defaults(module="demo")
@@ -87,6 +88,45 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--max-adapters", type=int, default=engine.max_adapters, metavar="N", help="adapters that are loaded at once")
     add("--max-batch-tokens", type=int, default=engine.max_batch_tokens, metavar="N", help="tokens in one step")
     add("--max-batch-size", type=int, default=engine.max_batch_size, metavar="N", help="sequences in one step")
+    _add_limits(serve)
+    _add_times(serve)
+
+
+def _add_limits(serve: argparse.ArgumentParser) -> None:
+    engine, server = EngineConfig(Path()), ServerConfig(EngineConfig(Path()))
+    serve.add_argument(
+        "--max-waiting-requests",
+        type=int,
+        default=engine.max_waiting_requests,
+        metavar="N",
+        help="requests that may wait for a place; more are refused",
+    )
+    serve.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=server.max_new_tokens_limit,
+        metavar="N",
+        help="the most new tokens that a request may ask for",
+    )
+    serve.add_argument(
+        "--default-max-new-tokens",
+        type=int,
+        default=server.default_max_new_tokens,
+        metavar="N",
+        help="new tokens of a request that does not say how many",
+    )
+
+
+def _add_times(serve: argparse.ArgumentParser) -> None:
+    server = ServerConfig(EngineConfig(Path()))
+    times = (
+        ("--drain-delay", server.drain_delay_seconds, "on SIGTERM, go on answering so long at least"),
+        ("--drain-timeout", server.drain_timeout_seconds, "on SIGTERM, wait for running requests so long at most"),
+        ("--stall-seconds", server.stall_seconds, "call the engine stalled after so long without a step"),
+        ("--max-connection-age", server.max_connection_age_seconds, "renew client connections after so long"),
+    )
+    for flag, default, text in times:
+        serve.add_argument(flag, type=float, default=default, metavar="S", help=f"{text}, in seconds")
 
 
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -115,6 +155,24 @@ def _add_adapters(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         action.add_argument("--admin", default=default_admin(), metavar="H:P", help="admin port (default %(default)s)")
 
 
+def _add_server(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    server = commands.add_parser("server", help="look at a running server, drain it, end requests")
+    server.set_defaults(module="server")
+    actions = server.add_subparsers(dest="action", required=True, metavar="info|load|drain|abort")
+    info = actions.add_parser("info", help="what runs there, its state and its limits")
+    load = actions.add_parser("load", help="how busy it is, and the requests that it works on")
+    drain = actions.add_parser("drain", help="take it out of traffic and wait for its running requests")
+    drain.add_argument("--timeout", type=float, metavar="S", help="seconds to wait (default: the server's own)")
+    abort = actions.add_parser("abort", help="end running requests")
+    target = abort.add_mutually_exclusive_group(required=True)
+    target.add_argument("--request", metavar="ID", help="the request with this id")
+    target.add_argument("--correlation", metavar="ID", help="all that came with this x-correlation-id")
+    target.add_argument("--adapter", metavar="NAME", help="all that name this adapter")
+    target.add_argument("--all", action="store_true", help="all of them")
+    for action in (info, load, drain, abort):
+        action.add_argument("--admin", default=default_admin(), metavar="H:P", help="admin port (default %(default)s)")
+
+
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     inspect = commands.add_parser("inspect", help="print what an adapter would change in a base model")
     inspect.set_defaults(module="inspect")
@@ -127,13 +185,6 @@ def _name_and_path(text: str) -> tuple[str, Path]:
     if not (name and separator and path):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
     return name, Path(path)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("graft-moe")
-    except metadata.PackageNotFoundError:
-        return "from source"
 
 
 if __name__ == "__main__":

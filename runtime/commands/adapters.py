@@ -70,8 +70,7 @@ def _show(stub: AdapterServiceStub, options: argparse.Namespace) -> Iterator[str
         ("last used", adapter.last_used_time.ToJsonString() if adapter.HasField("last_used_time") else "never"),
         ("source", adapter.source_path or "-"),
     ]
-    width = max(len(label) for label, _ in rows)
-    yield from (f"{label:<{width}}  {value}" for label, value in rows)
+    yield from labelled(rows)
     yield from (f"warning: {warning}" for warning in adapter.warnings)
 
 
@@ -90,6 +89,12 @@ def _row(adapter: pb.Adapter) -> tuple[str, ...]:
 
 def _state(adapter: pb.Adapter) -> str:
     return pb.Adapter.State.Name(adapter.state).removeprefix("STATE_")
+
+
+def labelled(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """A line for each (label, value), the values below each other."""
+    width = max(len(label) for label, _ in rows)
+    yield from (f"{label:<{width}}  {value}" for label, value in rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -91,7 +91,10 @@ class Shutdown:
 
 @dataclass(frozen=True)
 class EngineReady:
-    """The base is loaded and one token was generated. `max_model_len` counts prompt and output tokens."""
+    """The base is loaded and one token was generated. `max_model_len` counts prompt and output tokens.
+
+    `dtype` is that of weights and activations, by PyTorch's name.
+    """
 
     model_kind: str
     max_model_len: int
@@ -99,6 +102,7 @@ class EngineReady:
     num_parameters: int
     kv_cache_tokens: int
     adapter_bytes_limit: int
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,10 @@ class PromptScored:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters (monotonic) and gauges of the engine, sent with outputs."""
+    """Counters (monotonic) and gauges of the engine, sent with outputs.
+
+    `estimated_wait_seconds` is how long a new request would wait for its first step.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -156,6 +163,7 @@ class EngineStats:
     adapters_resident: int = 0
     adapter_device_bytes: int = 0
     adapter_host_bytes: int = 0
+    estimated_wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,12 @@ class OutputStream:
             if item.finish_reason is not None:
                 return
 
+    def end(self, error: GraftError) -> None:
+        """End the request from this side: the engine frees it, and the reader gets the error behind what is queued."""
+        if not self.ended:
+            self._close(self)
+            self._queue.put_nowait(error)
+
     def close(self) -> None:
         """Forget the request; if it still runs, the engine frees it."""
         self._close(self)
@@ -90,6 +96,7 @@ class EngineClient:
         self._streams: dict[RequestId, OutputStream] = {}
         self._calls: dict[CallId, asyncio.Future[list[AdapterInfo]]] = {}
         self._ids = itertools.count(1)
+        self._is_unheard = False
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -114,12 +121,18 @@ class EngineClient:
             raise Unavailable("the engine is starting", reason="STARTING", retry_seconds=1.0)
         return self._ready.result()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine has, or should have by now, a request to compute for."""
+        return self.stats.running > 0 or self._is_unheard
+
     def add(
         self, prompt_ids: list[int], params: SamplingParams, adapter: str | None, deadline: float | None
     ) -> OutputStream:
         """Start a request; its outputs come through the stream, which must be closed."""
         request_id = RequestId(next(self._ids))
         self._send(AddRequest(request_id, prompt_ids, params, adapter, deadline))
+        self._is_unheard = True
         stream = self._streams[request_id] = OutputStream(request_id, self._close_stream)
         return stream
 
@@ -198,6 +211,7 @@ class EngineClient:
             self._die(reason)
 
     def _dispatch(self, event: object) -> None:
+        self._is_unheard = False
         match event:
             case StepOutputs(outputs, stats):
                 self.stats = stats

@@ -11,6 +11,7 @@ from loaders.tokenizer import IncrementalDetokenizer, Tokenizer
 from runtime.engine.messages import FinishReason, SequenceOutput
 from runtime.engine.sampling_params import SamplingParams
 from runtime.pb.fmaas import generation_pb2 as pb
+from runtime.server.calls import Call
 from runtime.server.engine_client import EngineClient
 from runtime.server.limits import Limits
 from runtime.server.metrics import Metrics
@@ -81,8 +82,8 @@ class TextGenerator:
         has_bos = token_ids[0] == self.tokenizer.bos_token_id
         return [0, *places[len(places) - max_tokens + 1 :]] if has_bos else places[-max_tokens:]
 
-    async def run(self, request: PreparedRequest) -> AsyncGenerator[Progress, None]:
-        """Progress until the end. Close this generator early and the engine frees everything at once."""
+    async def run(self, request: PreparedRequest, call: Call) -> AsyncGenerator[Progress, None]:
+        """Progress until the end, as a part of `call`. Close it early and the engine frees everything at once."""
         timer = self._metrics.start_request(len(request.prompt_ids))
         text = TextStream(
             IncrementalDetokenizer(self.tokenizer),
@@ -93,9 +94,11 @@ class TextGenerator:
         num_generated = 0
         stream = self._client.add(request.prompt_ids, request.params, request.adapter, request.deadline)
         try:
+            call.attach(stream)
             async for output in stream:
                 if output.token_id >= 0:
                     num_generated += 1
+                    call.num_tokens += 1
                     timer.token(output.queue_seconds)
                 progress = self._advance(text, output, request.is_clipped)
                 progress.num_generated = num_generated
