@@ -35,7 +35,7 @@ class RoutedExperts(nn.Module):
         rows_M = order_M.div(experts.shape[1], rounding_mode="floor")
         experts_M = experts.flatten()[order_M]
         counts_E = torch.bincount(experts_M, minlength=self.w13.shape[0])
-        x_MH = x_TH[rows_M]
+        x_MH = x_TH.index_select(0, rows_M)  # many times as fast as x_TH[rows_M] on CPU
         gate_up = self.ops.grouped_matmul(x_MH, self.w13, counts_E)
         if lora is not None:
             lora.add_experts_gate_up_(self.layer, gate_up, x_MH, rows_M, experts_M)
