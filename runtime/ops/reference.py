@@ -40,10 +40,8 @@ def combine_experts(y_MN: Tensor, order_M: Tensor, weights_TE: Tensor) -> Tensor
 
 
 def rms_norm(x_TN: Tensor, weight_N: Tensor, eps: float) -> Tensor:
-    """Reference of `Ops.rms_norm`; the result is rounded to the input's dtype before the weight, as DeepSeek does."""
-    x_float = x_TN.float()
-    scale = torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + eps)
-    return weight_N * (x_float * scale).to(x_TN.dtype)
+    """Reference of `Ops.rms_norm`, rounded to the input's dtype once, after the weight, as in DeepSeek's own code."""
+    return torch.nn.functional.rms_norm(x_TN, weight_N.shape, weight_N, eps)
 
 
 def swiglu(x_T2N: Tensor) -> Tensor:
