@@ -144,10 +144,10 @@ class MultiHeadLatentAttention(nn.Module):
         block = max(64, MAX_BLOCK_NUMBERS // (self.num_heads * width))
         edges = [*range(0, num_context, block), num_context]
         query_HTX = query_THX.transpose(0, 1)
-        key_HLX, value_HLV = self._expand(cache_SX[span.slots_L[num_context:]], span.sequence, lora)
+        key_HLX, value_HLV = self._expand(cache_SX.index_select(0, span.slots_L[num_context:]), span.sequence, lora)
         merged = self.ops.attend_block(query_HTX, key_HLX, value_HLV, self.scale, causal=True)
         for start, stop in pairwise(edges):
-            key_HLX, value_HLV = self._expand(cache_SX[span.slots_L[start:stop]], span.sequence, lora)
+            key_HLX, value_HLV = self._expand(cache_SX.index_select(0, span.slots_L[start:stop]), span.sequence, lora)
             part = self.ops.attend_block(query_HTX, key_HLX, value_HLV, self.scale, causal=False)
             merged = merge_blocks(*merged, *part)
         return merged[0].to(query_THX.dtype).transpose(0, 1)
