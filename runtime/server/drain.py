@@ -13,6 +13,9 @@ from runtime.server.health import Health
 from runtime.server.metrics import Metrics
 
 REPORT_SECONDS = 1.0
+# gRPC answers a call that it has not handed over when the ports close with CANCELLED, which clients do not retry. Who
+# got the last text may ask again at once, so for so long a call is still answered, with UNAVAILABLE.
+LINGER_SECONDS = 0.2
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +61,10 @@ class Drain:
         """
         now = time.monotonic()
         end = now + timeout_seconds
-        quiet = min(self._began + delay_seconds, end)
         report = now + REPORT_SECONDS
         skipped = asyncio.create_task(skip.wait())
         try:
-            while not skip.is_set() and now < (until := end if self._gate.num_inside else quiet):
+            while not skip.is_set() and now < (until := self._until(delay_seconds, end)):
                 waiting = asyncio.create_task(self._gate.wait_left(min(report, until) - now))
                 await asyncio.wait((waiting, skipped), return_when=asyncio.FIRST_COMPLETED)
                 waiting.cancel()
@@ -76,3 +78,9 @@ class Drain:
             logger.warning("ending calls that did not finish in time: %d", len(calls))
             for call in calls:
                 call.end(Unavailable("the server stopped before the end", reason="DRAINING"))
+
+    def _until(self, delay_seconds: float, end: float) -> float:
+        """When to stop, as things are: at `end` while calls run, sooner if none does."""
+        if self._gate.num_inside:
+            return end
+        return min(max(self._began + delay_seconds, self._gate.left_at + LINGER_SECONDS), end)

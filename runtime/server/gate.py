@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -20,10 +21,14 @@ class ServerState(StrEnum):
 
 
 class Gate:
-    """Every call that needs the model passes here; draining waits until nothing is inside."""
+    """Every call that needs the model passes here; draining waits until nothing is inside.
+
+    `left_at` is the monotonic time, in seconds, at which the last call left.
+    """
 
     def __init__(self) -> None:
         self.state = ServerState.STARTING
+        self.left_at = 0.0
         self._inside: dict[str, Call] = {}
         self._left = asyncio.Event()
 
@@ -53,6 +58,7 @@ class Gate:
             yield
         finally:
             del self._inside[call.request_id]
+            self.left_at = time.monotonic()
             self._left.set()
             self._left = asyncio.Event()
 

@@ -196,29 +196,29 @@ def test_a_rolling_restart_fails_no_request_of_clients_that_go_elsewhere(
 ) -> None:
     """Two servers, 16 clients; each server is drained and stopped in turn while a new one takes its place."""
     stop = threading.Event()
-    settings = {"step_seconds": 0.002}
+    settings, times = ("drain_delay_seconds=0.5",), {"step_seconds": 0.002}
     with (
-        LiveServer.fake(adapters_root, **settings) as first,
-        LiveServer.fake(adapters_root, **settings) as second,
-        LiveServer.fake(adapters_root, **settings) as third,
+        LiveServer.fake(adapters_root, *settings, **times) as first,
+        LiveServer.fake(adapters_root, *settings, **times) as second,
+        LiveServer.fake(adapters_root, *settings, **times) as third,
     ):
         servers = [first, second]
 
         def ask(number: int) -> tuple[int, int]:
-            """How many questions were answered right, and how many not at all."""
+            """How many questions were answered right, and how many wrong or not at all."""
             num_right = num_failed = 0
+            text = f"text {number}"
             while not stop.is_set():
+                answer = ""
                 for attempt in range(4):
                     live = servers[(number + attempt) % len(servers)]
                     try:
-                        num_right += live.generate(f"text {number}", stopping={"max_new_tokens": 40}).text == (
-                            f"text {number}"
-                        )
+                        answer = live.generate(text, stopping={"max_new_tokens": 40}).text
                         break
                     except grpc.RpcError as error:
                         assert error.code() is grpc.StatusCode.UNAVAILABLE, error
-                else:
-                    num_failed += 1
+                num_right += answer == text
+                num_failed += answer != text
             return num_right, num_failed
 
         with ThreadPoolExecutor(16) as clients:
