@@ -18,7 +18,7 @@ from runtime.pb.fmaas import generation_pb2 as pb
 from runtime.pb.graft.admin.v1 import server_pb2 as admin_pb
 from runtime.server.admission import check_deadline
 from runtime.server.calls import MAX_CORRELATION_ID_CHARS
-from tests.server.live import LiveServer, refused
+from tests.server.live import REPOSITORY, LiveServer, refused
 
 MINTED = re.compile(r"[0-9a-f]{32}")
 WAIT_SECONDS = 3.0
@@ -148,3 +148,20 @@ def test_grpcs_own_retry_policy_retries_what_a_draining_server_refuses(adapters_
             )
         assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
         assert live.metric('graft_request_failures_total{code="UNAVAILABLE"') == 4
+
+
+def test_the_sample_service_config_leads_clients_away_from_a_draining_server(adapters_root: Path) -> None:
+    text = (REPOSITORY / "docs" / "errors.md").read_text(encoding="utf-8")
+    config = text.split("```json\n")[1].split("```")[0]
+    with LiveServer.fake(adapters_root) as leaving, LiveServer.fake(adapters_root) as staying:
+        target = f"ipv4:{leaving.address},{staying.address}"
+        with grpc.insecure_channel(target, options=[("grpc.service_config", config)]) as channel:
+            stub = type(leaving.generation)(channel)
+            for _ in range(20):
+                stub.Generate(batch(), timeout=20, wait_for_ready=True)
+            assert all(live.metric("graft_request_success_total") > 0 for live in (leaving, staying))
+            list(leaving.admin.Drain(admin_pb.DrainRequest()))
+            before = staying.metric("graft_request_success_total")
+            for _ in range(20):
+                assert stub.Generate(batch(), timeout=20).responses[0].text == "abc"
+            assert staying.metric("graft_request_success_total") == before + 20
