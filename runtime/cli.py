@@ -85,6 +85,13 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="device memory for adapters",
     )
     add("--max-adapters", type=int, default=engine.max_adapters, metavar="N", help="adapters that are loaded at once")
+    add(
+        "--metrics-max-adapters",
+        type=int,
+        default=server.metrics_max_adapters,
+        metavar="N",
+        help="adapters with request counts of their own in /metrics",
+    )
     add("--max-batch-tokens", type=int, default=engine.max_batch_tokens, metavar="N", help="tokens in one step")
     add("--max-batch-size", type=int, default=engine.max_batch_size, metavar="N", help="sequences in one step")
 

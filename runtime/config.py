@@ -63,6 +63,7 @@ class ServerConfig:
     default_max_new_tokens: int = 20
     drain_timeout_seconds: float = 60.0
     max_receive_bytes: int = 16 * 2**20
+    metrics_max_adapters: int = 64
 
     def validate(self) -> None:
         """Raise ValueError naming the field, its value and the allowed range."""
@@ -78,6 +79,8 @@ class ServerConfig:
             f"1..max_new_tokens_limit ({self.max_new_tokens_limit})",
         )
         _require(self.drain_timeout_seconds >= 0, "drain_timeout_seconds", self.drain_timeout_seconds, ">= 0")
+        num_labels = self.metrics_max_adapters
+        _require(0 <= num_labels <= 10_000, "metrics_max_adapters", num_labels, "0..10000")
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -43,6 +43,7 @@ def build_config(options: argparse.Namespace) -> ServerConfig:
         http_port=options.http_port,
         adapters_root=options.adapters_root,
         adapters=_adapters(options.adapter),
+        metrics_max_adapters=options.metrics_max_adapters,
     )
     config.validate()
     return config

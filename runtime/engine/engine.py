@@ -90,8 +90,8 @@ class Engine:
         """Stop the threads of the engine."""
         self.adapters.close()
 
-    def stats(self) -> EngineStats:
-        """Counters and gauges of this moment."""
+    def stats(self, iteration_tokens: int = 0) -> EngineStats:
+        """Counters and gauges of this moment; a step adds how many tokens it computed."""
         blocks = self.scheduler.blocks
         return EngineStats(
             running=len(self.scheduler.running),
@@ -104,6 +104,7 @@ class Engine:
             adapters_resident=self.adapters.num_resident,
             adapter_device_bytes=self.adapters.pages.num_bytes,
             adapter_host_bytes=self.adapters.host_bytes,
+            iteration_tokens=iteration_tokens,
         )
 
     def _drain_inbox(self) -> None:
@@ -217,7 +218,7 @@ class Engine:
             if reason is not None:
                 self._release_adapter(sequence)
             outputs.append(_output(sequence, token, reason))
-        self._events.append(StepOutputs(outputs, self.stats()))
+        self._events.append(StepOutputs(outputs, self.stats(batch.num_tokens)))
 
     def _break_off(self, sequence: Sequence, *, has_ended: bool) -> None:
         """End a request whose logits are not numbers: weights that overflow must not pass for an answer."""

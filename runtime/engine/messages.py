@@ -144,7 +144,10 @@ class PromptScored:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters (monotonic) and gauges of the engine, sent with outputs."""
+    """Counters (monotonic) and gauges of the engine, sent with outputs.
+
+    `iteration_tokens` counts what the step computed that these come with; 0 if they come with none.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -156,6 +159,7 @@ class EngineStats:
     adapters_resident: int = 0
     adapter_device_bytes: int = 0
     adapter_host_bytes: int = 0
+    iteration_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ INLINE_TEXT_CHARS = 4096  # longer texts are tokenised in a thread, so that they
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A checked request, ready for the engine."""
+    """A checked request, ready for the engine. `deadline` is Unix time, `arrived` is on the monotonic clock."""
 
     prompt: str
     prompt_ids: list[int]
@@ -31,6 +31,7 @@ class PreparedRequest:
     adapter: str | None
     is_clipped: bool
     deadline: float | None
+    arrived: float
 
 
 @dataclass
@@ -57,11 +58,11 @@ class TextGenerator:
         self, text: str, options: GenerationOptions, adapter: str | None, text_field: str
     ) -> PreparedRequest:
         """Tokenise, truncate and fit into the context; raises InvalidRequest naming `text_field`."""
-        arrival = time.time()
+        arrival, arrived = time.time(), time.monotonic()
         prompt_ids = self.truncate(await self.encode(text), options.truncate_input_tokens)
         params, is_clipped = fit_to_context(options, len(prompt_ids), self.limits, text_field)
         deadline = arrival + options.time_limit_seconds if options.time_limit_seconds else None
-        return PreparedRequest(text, prompt_ids, params, options, adapter, is_clipped, deadline)
+        return PreparedRequest(text, prompt_ids, params, options, adapter, is_clipped, deadline, arrived)
 
     async def encode(self, text: str) -> list[int]:
         """Token ids; long texts in a thread."""
@@ -83,7 +84,6 @@ class TextGenerator:
 
     async def run(self, request: PreparedRequest) -> AsyncGenerator[Progress, None]:
         """Progress until the end. Close this generator early and the engine frees everything at once."""
-        timer = self._metrics.start_request(len(request.prompt_ids))
         text = TextStream(
             IncrementalDetokenizer(self.tokenizer),
             request.options.stop_sequences,
@@ -92,6 +92,7 @@ class TextGenerator:
         )
         num_generated = 0
         stream = self._client.add(request.prompt_ids, request.params, request.adapter, request.deadline)
+        timer = self._metrics.start_request(len(request.prompt_ids), request.adapter, request.arrived)
         try:
             async for output in stream:
                 if output.token_id >= 0:
@@ -105,6 +106,7 @@ class TextGenerator:
                 if progress.stop_reason != pb.NOT_FINISHED:
                     return
         finally:
+            timer.close()
             stream.close()
 
     def _advance(self, text: TextStream, output: SequenceOutput, is_clipped: bool) -> Progress:

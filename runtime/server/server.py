@@ -57,7 +57,14 @@ class Server:
         self._client = EngineClient(config.engine, engine_class)
         self._gate = Gate()
         self._health = Health()
-        self._metrics = Metrics(self._model_name, lambda: self._client.stats)
+        self._metrics = Metrics(
+            self._model_name,
+            lambda: self._client.stats,
+            max_lora=config.engine.max_adapters,
+            max_adapter_labels=config.metrics_max_adapters,
+        )
+        self._client.on_step = self._metrics.count_step
+        self._client.on_adapters = self._metrics.update_adapters
         self._generation = GenerationService(self._client, self._gate)
         self._http = HttpServer(self._client, self._gate, self._metrics, self._model_name)
         interceptors = [ErrorInterceptor(self._metrics)]
@@ -79,6 +86,7 @@ class Server:
         http_port = await self._http.start(config.host, config.http_port)
         loading = asyncio.to_thread(Tokenizer.from_dir, config.engine.model_path)
         ready, tokenizer = await asyncio.gather(self._client.start(), loading)
+        self._metrics.set_max_model_len(ready.max_model_len)
         limits = Limits(ready.max_model_len, config.max_new_tokens_limit, config.default_max_new_tokens)
         self._generation.generator = TextGenerator(self._client, tokenizer, limits, self._metrics)
         for name, path in config.adapters.items():
@@ -112,7 +120,7 @@ class Server:
                 wait.cancel()
         if self._gate.num_inside:
             logger.warning("ending %d calls that did not finish in time", self._gate.num_inside)
-            self._client.fail_requests(Unavailable("the server stopped before the end", reason="DRAINING"))
+            self._client.fail_requests(Unavailable("the server stopped before the end", reason="DRAIN_TIMEOUT"))
 
     async def stop(self) -> None:
         """Close the ports, end the engine."""

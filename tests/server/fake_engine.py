@@ -87,7 +87,8 @@ class FakeEngine:
         if self._running:
             time.sleep(self._step_seconds)
         outputs = [self._advance(sequence) for sequence in list(self._running.values())]
-        return [*events, StepOutputs(outputs, self.stats())] if outputs else events
+        stats = replace(self.stats(), iteration_tokens=len(outputs))
+        return [*events, StepOutputs(outputs, stats)] if outputs else events
 
     def stats(self) -> EngineStats:
         num_adapters = len(self._adapters)
