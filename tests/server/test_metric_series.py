@@ -53,9 +53,9 @@ BOUNDS = (TTFT_BUCKETS, ITL_BUCKETS, LATENCY_BUCKETS, token_buckets(4096))
 )
 @example(bounds=ITL_BUCKETS, values=[0.0, 0.01, 80.0, 80.00000001, 1e9])
 def test_a_histogram_equals_that_of_prometheus_client(bounds: tuple[float, ...], values: list[float]) -> None:
-    ours = PlainHistogram("h_seconds", "Some \"text\"\nof help", "mödel\\", bounds)
+    ours = PlainHistogram("h_seconds", 'Some "text"\nof help', "mödel\\", bounds)
     theirs = prometheus_client.Histogram(
-        "graft_h_seconds", "Some \"text\"\nof help", ["model_name"], registry=None, buckets=bounds
+        "graft_h_seconds", 'Some "text"\nof help', ["model_name"], registry=None, buckets=bounds
     )
     child = theirs.labels("mödel\\")
     for value in values:

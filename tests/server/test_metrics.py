@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -107,6 +108,13 @@ def test_names_and_types_are_these() -> None:
             assert sample.labels["model_name"] == "m"
             if family.type == "counter":
                 assert sample.name.endswith("_total")
+
+
+def test_the_page_of_metrics_names_these_and_no_others() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    rows = dict(re.findall(r"^\| `(graft_[a-z0-9_]+)` \| (\w+)", page, re.MULTILINE))
+    totals = {f"{name}_total" if kind == "counter" else name: kind for name, kind in FAMILIES.items()}
+    assert rows == totals
 
 
 def test_bounds_are_those_of_vllm() -> None:
