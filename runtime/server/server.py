@@ -120,7 +120,7 @@ class Server:
                 wait.cancel()
         if self._gate.num_inside:
             logger.warning("ending %d calls that did not finish in time", self._gate.num_inside)
-            self._client.fail_requests(Unavailable("the server stopped before the end", reason="DRAIN_TIMEOUT"))
+            self._client.fail_requests(Unavailable("the server stopped before the end", reason="SERVER_STOPPED"))
 
     async def stop(self) -> None:
         """Close the ports, end the engine."""

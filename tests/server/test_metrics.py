@@ -222,7 +222,7 @@ def test_steps_are_counted_by_their_tokens_and_stats_without_a_step_are_not() ->
 
 def test_only_the_servers_state_counts_as_a_rejection() -> None:
     metrics = Metrics("m", EngineStats)
-    for reason in (*ADMISSION_REASONS, "QUEUE_FULL", "INVALID_PARAMETER", "ADAPTER_NOT_FOUND", "DRAIN_TIMEOUT"):
+    for reason in (*ADMISSION_REASONS, "QUEUE_FULL", "INVALID_PARAMETER", "ADAPTER_NOT_FOUND", "SERVER_STOPPED"):
         metrics.count_rejection(reason)
     expected = {(reason,): 1 for reason in ADMISSION_REASONS} | {("QUEUE_FULL",): 2}
     assert values(metrics, "graft_admission_rejections_total", "reason") == expected
