@@ -147,6 +147,8 @@ class EngineStats:
     """Counters (monotonic) and gauges of the engine, sent with outputs.
 
     `iteration_tokens` counts what the step computed that these come with; 0 if they come with none.
+    `estimated_wait_seconds` is how long a request that came now would wait for its first step, by the pace of the
+    last seconds; 0 if none waits.
     """
 
     running: int = 0
@@ -160,6 +162,7 @@ class EngineStats:
     adapter_device_bytes: int = 0
     adapter_host_bytes: int = 0
     iteration_tokens: int = 0
+    estimated_wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
