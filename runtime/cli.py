@@ -13,10 +13,13 @@ from runtime.env import configure_logging, default_admin, default_server
 from runtime.errors import GraftError
 from runtime.version import version
 
+LENGTHS = "LENGTHS: N, LOW:HIGH (uniform), or lognormal:MEDIAN:SIGMA"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a failure is one sentence on stderr and a status that is not 0."""
-    options = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = build_parser().parse_args(arguments, argparse.Namespace(arguments=list(arguments)))
     try:
         configure_logging()
         command = importlib.import_module(f"runtime.commands.{options.module}")
@@ -43,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_adapters(commands)
     _add_server(commands)
     _add_inspect(commands)
+    _add_bench(commands)
     demo = commands.add_parser("demo", help="serve the bundled model and adapters, send requests, print a table")
     demo.set_defaults(module="demo")
     return parser
@@ -86,6 +90,13 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="device memory for adapters",
     )
     add("--max-adapters", type=int, default=engine.max_adapters, metavar="N", help="adapters that are loaded at once")
+    add(
+        "--metrics-max-adapters",
+        type=int,
+        default=server.metrics_max_adapters,
+        metavar="N",
+        help="adapters with request counts of their own in /metrics",
+    )
     add("--max-batch-tokens", type=int, default=engine.max_batch_tokens, metavar="N", help="tokens in one step")
     add("--max-batch-size", type=int, default=engine.max_batch_size, metavar="N", help="sequences in one step")
     _add_limits(serve)
@@ -178,6 +189,33 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.set_defaults(module="inspect")
     inspect.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter folder")
     inspect.add_argument("--base", type=Path, required=True, metavar="MODEL", help="a model folder")
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser(
+        "bench", help="send load to a server: throughput, latencies, a JSON file and a picture", epilog=LENGTHS
+    )
+    bench.set_defaults(module="bench")
+    add, end = bench.add_argument, bench.add_mutually_exclusive_group()
+    add("--server", default=default_server(), metavar="H:P", help="the server (default %(default)s)")
+    end.add_argument("--requests", type=int, metavar="N", help="end after this many requests (default 100)")
+    end.add_argument("--seconds", type=float, metavar="S", help="send requests for so long")
+    add("--concurrency", type=int, metavar="N", help="requests at once (default 8); with --rate, the most at once")
+    add("--rate", type=float, metavar="R", help="Poisson arrivals, requests a second, instead of a closed loop")
+    add("--adapter", action="append", default=[], metavar="NAME=WEIGHT", help="one of the mix; `base` is the base")
+    add("--prompt-tokens", metavar="LENGTHS", help="tokens of a prompt (default 64)")
+    add("--output-tokens", metavar="LENGTHS", help="tokens to generate (default 64)")
+    add("--prompts", type=Path, metavar="FILE", help='rows of {"prompt": ..., "adapter": ...} instead of random words')
+    add("--stop-at-eos", action="store_true", help="let the model end before the wanted output length")
+    add("--temperature", type=float, default=0.0, metavar="T", help="sample with this temperature (default 0: greedy)")
+    add("--seed", type=int, default=0, help="of lengths, prompts, adapters, arrivals and sampling (default 0)")
+    add("--warmup", type=int, metavar="N", help="requests before the measured ones (default 4, or one per adapter)")
+    add("--timeout", type=float, default=600.0, metavar="S", help="deadline of each request (default 600)")
+    add("--connections", type=int, default=1, metavar="N", help="HTTP/2 connections to spread over (default 1)")
+    add("--metrics", metavar="H:P", help="the server's HTTP port: also report what its /metrics say of the run")
+    add("--out", type=Path, default=Path("graft-bench.json"), metavar="FILE", help="default %(default)s")
+    add("--picture", type=Path, metavar="FILE", help=".png or .svg; default: beside the JSON file, as .png")
+    add("--no-picture", action="store_true", help="write none; matplotlib is not needed then")
 
 
 def _name_and_path(text: str) -> tuple[str, Path]:

@@ -80,6 +80,7 @@ class ServerConfig:
     stall_seconds: float = 120.0
     max_connection_age_seconds: float = 1800.0
     max_receive_bytes: int = 16 * 2**20
+    metrics_max_adapters: int = 64
 
     @property
     def model_name(self) -> str:
@@ -108,6 +109,8 @@ class ServerConfig:
         bytes_range = f"{MIN_RECEIVE_BYTES}..{MAX_RECEIVE_BYTES}"
         is_allowed = MIN_RECEIVE_BYTES <= self.max_receive_bytes <= MAX_RECEIVE_BYTES
         _require(is_allowed, "max_receive_bytes", self.max_receive_bytes, bytes_range)
+        num_labels = self.metrics_max_adapters
+        _require(0 <= num_labels <= 10_000, "metrics_max_adapters", num_labels, "0..10000")
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:

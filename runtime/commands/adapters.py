@@ -109,7 +109,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
 
 
 def _is_number(cell: str) -> bool:
-    return cell.rstrip("%").replace(",", "").replace(".", "").isdigit()
+    return cell == "-" or cell.rstrip("%").replace(",", "").replace(".", "").isdigit()
 
 
 _ACTIONS = {"load": _load, "unload": _unload, "list": _list, "show": _show}

@@ -50,6 +50,7 @@ def build_config(options: argparse.Namespace) -> ServerConfig:
         drain_timeout_seconds=options.drain_timeout,
         stall_seconds=options.stall_seconds,
         max_connection_age_seconds=options.max_connection_age,
+        metrics_max_adapters=options.metrics_max_adapters,
     )
     config.validate()
     return config

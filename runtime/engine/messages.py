@@ -150,7 +150,9 @@ class PromptScored:
 class EngineStats:
     """Counters (monotonic) and gauges of the engine, sent with outputs.
 
-    `estimated_wait_seconds` is how long a new request would wait for its first step.
+    `iteration_tokens` counts what the step computed that these come with; 0 if they come with none.
+    `estimated_wait_seconds` is how long a request that came now would wait for its first step, by the pace of the
+    last seconds; 0 if none waits.
     """
 
     running: int = 0
@@ -163,6 +165,7 @@ class EngineStats:
     adapters_resident: int = 0
     adapter_device_bytes: int = 0
     adapter_host_bytes: int = 0
+    iteration_tokens: int = 0
     estimated_wait_seconds: float = 0.0
 
 

@@ -35,6 +35,20 @@ class CpuOps(Ops):
         of_part = num_columns // num_parts
         return max(width for width in range(1, MAX_PANEL_COLUMNS + 1) if of_part % width == 0)
 
+    def pack_linear(self, weight_NK: Tensor) -> Tensor:
+        """See `Ops.pack_linear`: in oneDNN's blocks; without them a few rows take 1.6 times as long in bfloat16."""
+        if weight_NK.dtype is not torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return weight_NK
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach(), None)
+        return packed
+
+    def linear(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+        """See `Ops.linear`."""
+        if not weight_NK.is_mkldnn:
+            return torch.nn.functional.linear(x_TK, weight_NK)
+        y_TN: Tensor = torch.ops.mkldnn._linear_pointwise(x_TK, weight_NK, None, "none", [], "")
+        return y_TN
+
     def grouped_matmul(self, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:
         """See `Ops.grouped_matmul`."""
         counts = counts_G.tolist()

@@ -77,7 +77,7 @@ class Drain:
         if calls := self._gate.calls:
             logger.warning("ending calls that did not finish in time: %d", len(calls))
             for call in calls:
-                call.end(Unavailable("the server stopped before the end", reason="DRAINING"))
+                call.end(Unavailable("the server stopped before the end", reason="SERVER_STOPPED"))
 
     def _until(self, delay_seconds: float, end: float) -> float:
         """When to stop, as things are: at `end` while calls run, sooner if none does."""

@@ -89,6 +89,8 @@ class EngineClient:
 
     def __init__(self, config: EngineConfig, engine_class: str = DEFAULT_ENGINE) -> None:
         self.stats = EngineStats()
+        self.on_step: Callable[[EngineStats], None] = _ignore
+        self.on_adapters: Callable[[list[AdapterInfo]], None] = _ignore
         self.dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._config = config
         self._engine_class = engine_class
@@ -215,6 +217,7 @@ class EngineClient:
         match event:
             case StepOutputs(outputs, stats):
                 self.stats = stats
+                self.on_step(stats)
                 for output in outputs:
                     if (stream := self._streams.get(output.request_id)) is not None:
                         stream.push(output)
@@ -222,6 +225,7 @@ class EngineClient:
                 if (stream := self._streams.get(request_id)) is not None:
                     stream.push(_request_error(kind, message, reason, field))
             case AdapterReply(call_id, adapters):
+                self.on_adapters(adapters)
                 if (future := self._calls.get(call_id)) is not None and not future.done():
                     future.set_result(adapters)
             case CallFailed(call_id, kind, message, reason, field, problems):
@@ -245,6 +249,10 @@ class EngineClient:
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(error)
+
+
+def _ignore(_: object) -> None:
+    """Until somebody wants to know."""
 
 
 def _request_error(kind: ErrorKind, message: str, reason: str, field: str) -> GraftError:

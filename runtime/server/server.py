@@ -60,8 +60,15 @@ class Server:
         self._client = EngineClient(config.engine, engine_class)
         self._gate = Gate()
         self._health = Health()
-        self._metrics = Metrics(config.model_name, lambda: self._client.stats)
+        self._metrics = Metrics(
+            config.model_name,
+            lambda: self._client.stats,
+            max_lora=config.engine.max_adapters,
+            max_adapter_labels=config.metrics_max_adapters,
+        )
         self._drain = Drain(self._gate, self._health, self._metrics)
+        self._client.on_step = self._metrics.count_step
+        self._client.on_adapters = self._metrics.update_adapters
         self._generation = GenerationService(self._client, self._gate)
         self._service = ServerService(config, self._client, self._gate, self._health, self._drain)
         self._http = HttpServer(self._client, self._gate, self._health, self._metrics, config.model_name)
@@ -85,6 +92,7 @@ class Server:
         http_port = await self._http.start(config.host, config.http_port)
         loading = asyncio.to_thread(Tokenizer.from_dir, config.engine.model_path)
         ready, tokenizer = await asyncio.gather(self._client.start(), loading)
+        self._metrics.set_max_model_len(ready.max_model_len)
         limits = Limits(ready.max_model_len, config.max_new_tokens_limit, config.default_max_new_tokens)
         self._generation.generator = TextGenerator(self._client, tokenizer, limits, self._metrics)
         self._service.limits = limits

@@ -94,7 +94,8 @@ class FakeEngine:
             time.sleep(self._step_seconds)
             self._num_steps += 1
         outputs = [self._advance(sequence) for sequence in list(self._running.values())]
-        return [*events, StepOutputs(outputs, self.stats())] if outputs else events
+        stats = replace(self.stats(), iteration_tokens=len(outputs))
+        return [*events, StepOutputs(outputs, stats)] if outputs else events
 
     def stats(self) -> EngineStats:
         num_adapters = len(self._adapters)

@@ -115,7 +115,7 @@ def test_a_second_sigterm_ends_running_requests_at_once(doomed: LiveServer) -> N
     doomed.process.send_signal(signal.SIGTERM)
     assert eventually(lambda: doomed.metric("graft_draining") == 1)
     doomed.process.send_signal(signal.SIGTERM)
-    assert refused(lambda: list(call))[:2] == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+    assert refused(lambda: list(call))[:2] == (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPED")
     assert doomed.process.wait(5) == 0
 
 

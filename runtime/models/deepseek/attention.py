@@ -155,7 +155,7 @@ class MultiHeadLatentAttention(nn.Module):
     def _expand(self, rows_LX: Tensor, sequence: int, lora: StepLora | None) -> tuple[Tensor, Tensor]:
         """Keys [H, L, N + D] and values [H, L, V] of cached rows: the readable form of MLA."""
         latent_LC, key_rope_LD = rows_LX.split((self.num_latent, self.rope), dim=-1)
-        expanded = torch.nn.functional.linear(latent_LC, self.kv_b_proj.weight)
+        expanded = self.ops.linear(latent_LC, self.kv_b_proj.weight)
         if lora is not None:
             lora.add_linear_of_sequence_(self.kv_b_proj.name, expanded, latent_LC, sequence)
         heads_LHO = expanded.view(-1, self.num_heads, self.nope + self.value)
