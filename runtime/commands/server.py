@@ -51,7 +51,8 @@ def _load(stub: ServerServiceStub, options: argparse.Namespace) -> Iterator[str]
     if requests:
         yield from table(COLUMNS, [_row(request) for request in requests])
     wait_seconds = first.estimated_wait.ToMilliseconds() / 1000
-    yield f"{first.sequences_running} sequences running, {first.sequences_waiting} waiting, about {wait_seconds:.1f} s"
+    running = f"{first.sequences_running} sequences running ({first.sequences_paused} of them paused)"
+    yield f"{running}, {first.sequences_waiting} waiting, about {wait_seconds:.1f} s"
     yield f"{first.kv_tokens_used:,} of {first.kv_tokens_total:,} tokens in the KV cache"
     yield f"{first.adapter_bytes_used:,} of {first.adapter_bytes_limit:,} adapter bytes on the device"
     if first.draining:

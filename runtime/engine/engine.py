@@ -104,6 +104,7 @@ class Engine:
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
+            paused=self.scheduler.num_paused,
             kv_tokens_used=(blocks.num_blocks - blocks.num_free) * blocks.block_tokens,
             kv_tokens_total=blocks.num_blocks * blocks.block_tokens,
             preemptions=self.scheduler.num_preemptions,

@@ -150,6 +150,7 @@ class PromptScored:
 class EngineStats:
     """Counters (monotonic) and gauges of the engine, sent with outputs.
 
+    `running` sequences have begun; `paused` ones are those of them that wait for their readers.
     `iteration_tokens` counts what the step computed that these come with; 0 if they come with none.
     `estimated_wait_seconds` is how long a request that came now would wait for its first step, by the pace of the
     last seconds; 0 if none waits.
@@ -157,6 +158,7 @@ class EngineStats:
 
     running: int = 0
     waiting: int = 0
+    paused: int = 0
     kv_tokens_used: int = 0
     kv_tokens_total: int = 0
     preemptions: int = 0

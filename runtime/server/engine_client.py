@@ -126,7 +126,7 @@ class EngineClient:
     @property
     def is_busy(self) -> bool:
         """Whether the engine has, or should have by now, a request to compute for."""
-        return self.stats.running > 0 or self._is_unheard
+        return self.stats.running > self.stats.paused or self._is_unheard
 
     def add(
         self, prompt_ids: list[int], params: SamplingParams, adapter: str | None, deadline: float | None

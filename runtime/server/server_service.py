@@ -73,6 +73,7 @@ class ServerService(pb_grpc.ServerServiceServicer):
         return pb.GetLoadResponse(
             sequences_running=stats.running,
             sequences_waiting=stats.waiting,
+            sequences_paused=stats.paused,
             kv_tokens_used=stats.kv_tokens_used,
             kv_tokens_total=stats.kv_tokens_total,
             adapter_bytes_used=stats.adapter_device_bytes,

@@ -133,7 +133,7 @@ def test_the_drain_timeout_ends_what_still_runs_as_unavailable_and_the_log_count
         next(stuck), next(short)
         live.process.send_signal(signal.SIGTERM)
         assert list(short)[-1].stop_reason == pb.EOS_TOKEN
-        assert refused(lambda: list(stuck))[:2] == DRAINING
+        assert refused(lambda: list(stuck))[:2] == (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPED")
         assert live.process.wait(8) == 0
         log = "".join(live.errors)
     assert "draining, calls running: 2" in log and "draining, calls running: 1" in log

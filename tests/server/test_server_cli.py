@@ -59,7 +59,7 @@ def test_load_lists_the_running_requests_and_abort_ends_them(
     header, *rows = lines[:4]
     assert status == 0 and header.split()[:3] == ["REQUEST", "CORRELATION", "ADAPTER"]
     assert [row.split()[1] for row in rows] == ["one", "two", "three"]
-    assert lines[4].startswith("3 sequences running, 0 waiting")
+    assert lines[4].startswith("3 sequences running (0 of them paused), 0 waiting")
     assert run(capsys, live, "abort", "--request", rows[0].split()[0]) == (0, ["1 request ended"], "")
     assert run(capsys, live, "abort", "--correlation", "two") == (0, ["1 request ended"], "")
     assert run(capsys, live, "abort", "--adapter", "nobody") == (0, ["0 requests ended"], "")

@@ -110,7 +110,7 @@ class RunningRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., correlation_id: _Optional[str] = ..., adapter_id: _Optional[str] = ..., age: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., sequence_count: _Optional[int] = ..., generated_token_count: _Optional[int] = ...) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("sequences_running", "sequences_waiting", "kv_tokens_used", "kv_tokens_total", "adapter_bytes_used", "adapter_bytes_limit", "estimated_wait", "step_count", "draining", "request_count", "requests", "next_page_token")
+    __slots__ = ("sequences_running", "sequences_waiting", "kv_tokens_used", "kv_tokens_total", "adapter_bytes_used", "adapter_bytes_limit", "estimated_wait", "step_count", "draining", "request_count", "requests", "next_page_token", "sequences_paused")
     SEQUENCES_RUNNING_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_USED_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +123,7 @@ class GetLoadResponse(_message.Message):
     REQUEST_COUNT_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_PAUSED_FIELD_NUMBER: _ClassVar[int]
     sequences_running: int
     sequences_waiting: int
     kv_tokens_used: int
@@ -135,7 +136,8 @@ class GetLoadResponse(_message.Message):
     request_count: int
     requests: _containers.RepeatedCompositeFieldContainer[RunningRequest]
     next_page_token: str
-    def __init__(self, sequences_running: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., adapter_bytes_used: _Optional[int] = ..., adapter_bytes_limit: _Optional[int] = ..., estimated_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., step_count: _Optional[int] = ..., draining: _Optional[bool] = ..., request_count: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[RunningRequest, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+    sequences_paused: int
+    def __init__(self, sequences_running: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., adapter_bytes_used: _Optional[int] = ..., adapter_bytes_limit: _Optional[int] = ..., estimated_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., step_count: _Optional[int] = ..., draining: _Optional[bool] = ..., request_count: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[RunningRequest, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., sequences_paused: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout",)
