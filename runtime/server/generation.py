@@ -11,6 +11,7 @@ from loaders.tokenizer import IncrementalDetokenizer, Tokenizer
 from runtime.engine.messages import FinishReason, SequenceOutput
 from runtime.engine.sampling_params import SamplingParams
 from runtime.pb.fmaas import generation_pb2 as pb
+from runtime.server.calls import Call
 from runtime.server.engine_client import EngineClient
 from runtime.server.limits import Limits
 from runtime.server.metrics import Metrics
@@ -22,7 +23,7 @@ INLINE_TEXT_CHARS = 4096  # longer texts are tokenised in a thread, so that they
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A checked request, ready for the engine."""
+    """A checked request, ready for the engine. `deadline` is Unix time, `arrived` is on the monotonic clock."""
 
     prompt: str
     prompt_ids: list[int]
@@ -31,6 +32,7 @@ class PreparedRequest:
     adapter: str | None
     is_clipped: bool
     deadline: float | None
+    arrived: float
 
 
 @dataclass
@@ -57,11 +59,11 @@ class TextGenerator:
         self, text: str, options: GenerationOptions, adapter: str | None, text_field: str
     ) -> PreparedRequest:
         """Tokenise, truncate and fit into the context; raises InvalidRequest naming `text_field`."""
-        arrival = time.time()
+        arrival, arrived = time.time(), time.monotonic()
         prompt_ids = self.truncate(await self.encode(text), options.truncate_input_tokens)
         params, is_clipped = fit_to_context(options, len(prompt_ids), self.limits, text_field)
         deadline = arrival + options.time_limit_seconds if options.time_limit_seconds else None
-        return PreparedRequest(text, prompt_ids, params, options, adapter, is_clipped, deadline)
+        return PreparedRequest(text, prompt_ids, params, options, adapter, is_clipped, deadline, arrived)
 
     async def encode(self, text: str) -> list[int]:
         """Token ids; long texts in a thread."""
@@ -81,9 +83,8 @@ class TextGenerator:
         has_bos = token_ids[0] == self.tokenizer.bos_token_id
         return [0, *places[len(places) - max_tokens + 1 :]] if has_bos else places[-max_tokens:]
 
-    async def run(self, request: PreparedRequest) -> AsyncGenerator[Progress, None]:
-        """Progress until the end. Close this generator early and the engine frees everything at once."""
-        timer = self._metrics.start_request(len(request.prompt_ids))
+    async def run(self, request: PreparedRequest, call: Call) -> AsyncGenerator[Progress, None]:
+        """Progress until the end, as a part of `call`. Close it early and the engine frees everything at once."""
         text = TextStream(
             IncrementalDetokenizer(self.tokenizer),
             request.options.stop_sequences,
@@ -92,10 +93,13 @@ class TextGenerator:
         )
         num_generated = 0
         stream = self._client.add(request.prompt_ids, request.params, request.adapter, request.deadline)
+        timer = self._metrics.start_request(len(request.prompt_ids), request.adapter, request.arrived)
         try:
+            call.attach(stream)
             async for output in stream:
                 if output.token_id >= 0:
                     num_generated += 1
+                    call.num_tokens += 1
                     timer.token(output.queue_seconds)
                 progress = self._advance(text, output, request.is_clipped)
                 progress.num_generated = num_generated
@@ -105,6 +109,7 @@ class TextGenerator:
                 if progress.stop_reason != pb.NOT_FINISHED:
                     return
         finally:
+            timer.close()
             stream.close()
 
     def _advance(self, text: TextStream, output: SequenceOutput, is_clipped: bool) -> Progress:

@@ -15,6 +15,8 @@ from runtime.server.metrics import Metrics
 from runtime.server.status import abort, code_of
 
 OUR_PACKAGES = ("/fmaas.", "/graft.")
+REQUESTS = "/fmaas."
+TEXT_REQUESTS = "/fmaas.GenerationService/Generate"  # and GenerateStream
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             try:
                 return await inner(request, context)
             except asyncio.CancelledError:
-                self._metrics.count_failure("CANCELLED", "CANCELLED")
+                self._count(method, "CANCELLED", "CANCELLED")
                 raise
             except Exception as error:  # noqa: BLE001  # the border: every error becomes a status
                 await abort(context, self._as_graft_error(error, method))
@@ -64,7 +66,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 async for response in responses:
                     yield response
             except (asyncio.CancelledError, GeneratorExit):
-                self._metrics.count_failure("CANCELLED", "CANCELLED")
+                self._count(method, "CANCELLED", "CANCELLED")
                 raise
             except Exception as error:  # noqa: BLE001  # the border: every error becomes a status
                 await abort(context, self._as_graft_error(error, method))
@@ -78,5 +80,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             error_id = uuid.uuid4().hex[:12]
             logger.error("%s failed, error %s", method, error_id, exc_info=error)
             error = Internal(f"internal error {error_id}; the server's log has the details", reason="INTERNAL")
-        self._metrics.count_failure(code_of(error.kind).name, error.reason)
+        self._count(method, code_of(error.kind).name, error.reason)
         return error
+
+    def _count(self, method: str, code: str, reason: str) -> None:
+        """Calls of operators are no requests."""
+        if method.startswith(REQUESTS):
+            self._metrics.count_failure(code, reason)
+        if method.startswith(TEXT_REQUESTS):
+            self._metrics.count_rejection(reason)

@@ -53,6 +53,13 @@ def _add(engine: Engine, request_id: int, prompt: list[int], *, new: int = 4, de
     engine.submit(AddRequest(RequestId(request_id), prompt, sampling, adapter, deadline))
 
 
+def test_the_stats_of_a_step_tell_how_many_tokens_it_computed(engine: Engine) -> None:
+    _add(engine, 1, [5, 6, 7], new=4)
+    _add(engine, 2, [5, 6, 7, 8, 9], new=2)
+    seen = [event.stats.iteration_tokens for event in _run(engine) if isinstance(event, StepOutputs)]
+    assert seen == [3 + 5, 2, 1, 1]
+
+
 def test_a_request_ends_with_its_last_token(engine: Engine) -> None:
     _add(engine, 1, [5, 6, 7])
     outputs = _outputs(_run(engine), 1)

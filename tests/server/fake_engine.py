@@ -47,7 +47,10 @@ class FakeSequence:
 
 
 class FakeEngine:
-    """Same interface as `runtime.engine.engine.Engine`; each step takes FAKE_STEP_SECONDS."""
+    """Same interface as `runtime.engine.engine.Engine`; each step takes FAKE_STEP_SECONDS.
+
+    It says that a new request waits FAKE_WAIT_SECONDS for each that runs.
+    """
 
     def __init__(self, config: EngineConfig, progress: Callable[[int, int], None]) -> None:
         progress(1, 1)
@@ -55,9 +58,12 @@ class FakeEngine:
             raise RuntimeError("no luck with 13 tokens")
         if config.max_model_len == 14:
             raise ValueError("max_model_len = 14 is out of range")
-        self.ready = EngineReady("deepseek_v3", config.max_model_len or MAX_MODEL_LEN, 1024, 1, 4096, 1 << 30)
+        max_model_len = config.max_model_len or MAX_MODEL_LEN
+        self.ready = EngineReady("deepseek_v3", max_model_len, 1024, 1, 4096, 1 << 30, "float32")
         self._eos = json.loads((config.model_path / "config.json").read_text())["eos_token_id"]
         self._step_seconds = float(os.environ.get("FAKE_STEP_SECONDS", "0"))
+        self._wait_seconds = float(os.environ.get("FAKE_WAIT_SECONDS", "0"))
+        self._num_steps = 0
         self._inbox: list[Command] = []
         self._wake = threading.Condition()
         self._running: dict[int, FakeSequence] = {}
@@ -86,14 +92,18 @@ class FakeEngine:
         events = [event for command in inbox for event in self._obey(command)]
         if self._running:
             time.sleep(self._step_seconds)
+            self._num_steps += 1
         outputs = [self._advance(sequence) for sequence in list(self._running.values())]
-        return [*events, StepOutputs(outputs, self.stats())] if outputs else events
+        stats = replace(self.stats(), iteration_tokens=len(outputs))
+        return [*events, StepOutputs(outputs, stats)] if outputs else events
 
     def stats(self) -> EngineStats:
         num_adapters = len(self._adapters)
         return EngineStats(
             running=len(self._running),
             kv_tokens_total=4096,
+            steps=self._num_steps,
+            estimated_wait_seconds=self._wait_seconds * len(self._running),
             adapters_resident=num_adapters,
             adapter_device_bytes=1000 * num_adapters,
         )
