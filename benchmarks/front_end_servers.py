@@ -27,6 +27,7 @@ from runtime.config import EngineConfig, ServerConfig
 from runtime.env import configure_logging
 from runtime.pb.fmaas import generation_pb2 as pb
 from runtime.pb.fmaas import generation_pb2_grpc as pb_grpc
+from runtime.server import event_loop
 from runtime.server.server import serve
 
 NO_LIMIT = 10**6
@@ -37,16 +38,14 @@ def main(kind: str, step_seconds: str, *flags: str) -> int:
     """Print `ready: ADDRESS` and serve until SIGTERM."""
     configure_logging()
     if kind == "bare":
-        asyncio.run(_serve_bare(float(step_seconds)))
+        event_loop.run(_serve_bare(float(step_seconds)))
         return 0
     os.environ[STEP_SECONDS] = step_seconds
     engine = EngineConfig(demo.MODEL_DIR)
     config = ServerConfig(engine, grpc_port=0, admin_port=0, http_port=0, max_new_tokens_limit=NO_LIMIT)
-    serving = serve(
-        config, on_ready=lambda a: _say_ready(a.grpc), engine_class="benchmarks.paced_engine:PacedEngine"
-    )
+    serving = serve(config, on_ready=lambda a: _say_ready(a.grpc), engine_class="benchmarks.paced_engine:PacedEngine")
     with _profile(on="--profile" in flags):
-        return asyncio.run(serving)
+        return event_loop.run(serving)
 
 
 def _say_ready(address: str) -> None:
