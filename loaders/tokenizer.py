@@ -51,9 +51,13 @@ class Tokenizer:
         text: str = self._hf.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         return text
 
-    def token_text(self, token_id: int) -> str:
-        """The text of one token alone, special ones by name; a part of a character shows as U+FFFD."""
-        return self.decode([token_id], skip_special=False)
+    def token_piece(self, token_id: int) -> str:
+        """A token as the vocabulary writes it (spaces as U+0120 or U+2581, say); "" for ids beyond the vocabulary.
+
+        Unlike its decoded text, this tells the parts of one character apart.
+        """
+        piece: str | None = self.backend.id_to_token(token_id)
+        return "" if piece is None else piece
 
 
 def _load(path: Path) -> Any:

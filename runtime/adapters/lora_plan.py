@@ -64,22 +64,15 @@ class LoraPlan:
                 start = stop
         return found
 
-    def route_keys(self, layer: int, experts_TE: Tensor) -> Tensor:
+    def route_keys(self, experts_TE: Tensor) -> Tensor:
         """See StepLora."""
         return experts_TE * (self._pages.max_slots + 1) + self._table_rows_T[:, None]
 
-    def add_experts_gate_up_(self, layer: int, y_MN: Tensor, x_MK: Tensor, rows_M: Tensor, experts_M: Tensor) -> None:
+    def expert_deltas(self, layer: int, rows_M: Tensor, experts_M: Tensor) -> PagedExpertDeltas:
         """See StepLora."""
-        for pool in self._active_pools(self._pages.experts.get(layer, {}).values()):
-            pages_M = pool.table[self._table_rows_T[rows_M], experts_M]
-            factors = pool.factors
-            self._ops.lora_add_(y_MN, x_MK, factors["a13"], (factors["b_gate"], factors["b_up"]), pages_M)
-
-    def add_experts_down_(self, layer: int, y_MN: Tensor, x_MK: Tensor, rows_M: Tensor, experts_M: Tensor) -> None:
-        """See StepLora."""
-        for pool in self._active_pools(self._pages.experts.get(layer, {}).values()):
-            pages_M = pool.table[self._table_rows_T[rows_M], experts_M]
-            self._ops.lora_add_(y_MN, x_MK, pool.factors["a2"], (pool.factors["b2"],), pages_M)
+        table_rows_M = self._table_rows_T.index_select(0, rows_M)
+        pools = self._active_pools(self._pages.experts.get(layer, {}).values())
+        return PagedExpertDeltas(self._ops, [(pool, pool.table[table_rows_M, experts_M]) for pool in pools])
 
     def _add_linear_(self, module: str, y: Tensor, x: Tensor, table_rows: Tensor) -> None:
         for pool in self._active_pools(self._pages.linears.get(module, {}).values()):
@@ -87,3 +80,22 @@ class LoraPlan:
 
     def _active_pools(self, pools: Iterable[PagePool]) -> list[PagePool]:
         return [pool for pool in pools if pool.slots & self._active]
+
+
+class PagedExpertDeltas:
+    """Implements `layers.lora_site.ExpertDeltas`: for each pool in use the page of every routed row, -1 for none."""
+
+    def __init__(self, ops: Ops, pages_of_pools: list[tuple[PagePool, Tensor]]) -> None:
+        self._ops = ops
+        self._pages_of_pools = pages_of_pools
+
+    def add_gate_up_(self, y_MN: Tensor, x_MK: Tensor) -> None:
+        """See ExpertDeltas."""
+        for pool, pages_M in self._pages_of_pools:
+            factors = pool.factors
+            self._ops.lora_add_(y_MN, x_MK, factors["a13"], (factors["b_gate"], factors["b_up"]), pages_M)
+
+    def add_down_(self, y_MN: Tensor, x_MK: Tensor) -> None:
+        """See ExpertDeltas."""
+        for pool, pages_M in self._pages_of_pools:
+            self._ops.lora_add_(y_MN, x_MK, pool.factors["a2"], (pool.factors["b2"],), pages_M)

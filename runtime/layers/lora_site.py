@@ -7,6 +7,18 @@ from typing import Protocol
 from torch import Tensor
 
 
+class ExpertDeltas(Protocol):
+    """The adapters of one layer's routed rows."""
+
+    def add_gate_up_(self, y_MN: Tensor, x_MK: Tensor) -> None:
+        """Add gate and up deltas."""
+        ...
+
+    def add_down_(self, y_MN: Tensor, x_MK: Tensor) -> None:
+        """Add down deltas."""
+        ...
+
+
 class StepLora(Protocol):
     """The adapters of one step. Rows of `x` and `y` are the step's tokens unless a method says otherwise."""
 
@@ -26,14 +38,10 @@ class StepLora(Protocol):
         """For each run of `rows` (ascending token indices) with one adapter: the run, A [K, R] and B [R, N]."""
         ...
 
-    def route_keys(self, layer: int, experts_TE: Tensor) -> Tensor:
+    def route_keys(self, experts_TE: Tensor) -> Tensor:
         """Sort keys [T, E] of routed rows: ascending by expert, then by adapter."""
         ...
 
-    def add_experts_gate_up_(self, layer: int, y_MN: Tensor, x_MK: Tensor, rows_M: Tensor, experts_M: Tensor) -> None:
-        """Add gate and up deltas to sorted routed rows; `rows_M` are their tokens, `experts_M` their experts."""
-        ...
-
-    def add_experts_down_(self, layer: int, y_MN: Tensor, x_MK: Tensor, rows_M: Tensor, experts_M: Tensor) -> None:
-        """Add down deltas likewise."""
+    def expert_deltas(self, layer: int, rows_M: Tensor, experts_M: Tensor) -> ExpertDeltas:
+        """The deltas of one layer's sorted routed rows; `rows_M` are their tokens, `experts_M` their experts."""
         ...

@@ -26,6 +26,14 @@ class Ops(ABC):
         """
         return num_columns
 
+    def pack_linear(self, weight_NK: Tensor) -> Tensor:
+        """A weight as `linear` multiplies by it fastest: itself, or an opaque copy that replaces it after loading."""
+        return weight_NK
+
+    def linear(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+        """x W^T, with a weight that `pack_linear` has seen or not."""
+        return torch.nn.functional.linear(x_TK, weight_NK)
+
     @abstractmethod
     def grouped_matmul(self, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:
         """Rows in order; group g's `counts_G[g]` rows are multiplied by its weight. Counts sum to M."""

@@ -35,15 +35,13 @@ def lora_add_(y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor
 def combine_experts(y_MN: Tensor, order_M: Tensor, weights_TE: Tensor) -> Tensor:
     """Reference of `Ops.combine_experts`."""
     unsorted_MN = torch.empty_like(y_MN)
-    unsorted_MN[order_M] = y_MN
+    unsorted_MN.index_copy_(0, order_M, y_MN)
     return (unsorted_MN.view(*weights_TE.shape, -1).float() * weights_TE[..., None]).sum(1).to(y_MN.dtype)
 
 
 def rms_norm(x_TN: Tensor, weight_N: Tensor, eps: float) -> Tensor:
-    """Reference of `Ops.rms_norm`; the result is rounded to the input's dtype before the weight, as DeepSeek does."""
-    x_float = x_TN.float()
-    scale = torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + eps)
-    return weight_N * (x_float * scale).to(x_TN.dtype)
+    """Reference of `Ops.rms_norm`, rounded to the input's dtype once, after the weight, as in DeepSeek's own code."""
+    return torch.nn.functional.rms_norm(x_TN, weight_N.shape, weight_N, eps)
 
 
 def swiglu(x_T2N: Tensor) -> Tensor:
@@ -65,14 +63,21 @@ def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def mla_decode(
     query_BHX: Tensor, cache_SX: Tensor, slots_BL: Tensor, lens_B: Tensor | None, scale: float, num_latent: int
 ) -> Tensor:
-    """Reference of `Ops.mla_decode`: every head attends over the same latents (multi-query attention).
+    """Reference of `Ops.mla_decode`: every head attends over the same latents (multi-query attention)."""
+    latents_BLX = cache_SX.index_select(0, slots_BL.flatten()).unflatten(0, slots_BL.shape)
+    return attend_latents(query_BHX, latents_BLX, lens_B, scale, num_latent)
+
+
+def attend_latents(
+    query_BHX: Tensor, latents_BLX: Tensor, lens_B: Tensor | None, scale: float, num_latent: int
+) -> Tensor:
+    """Attention of one query a sequence over its gathered latents, which are masked in place.
 
     Padded slots are zeroed as well as masked: they belong to others, and 0 x NaN would let a broken neighbour in.
     """
-    latents_BLX = cache_SX[slots_BL]
     past_end_BL = None
     if lens_B is not None:
-        past_end_BL = torch.arange(slots_BL.shape[1], device=lens_B.device)[None] >= lens_B[:, None]
+        past_end_BL = torch.arange(latents_BLX.shape[1], device=lens_B.device)[None] >= lens_B[:, None]
         latents_BLX.masked_fill_(past_end_BL[..., None], 0)
     scores_BHL = torch.bmm(query_BHX, latents_BLX.transpose(1, 2)).float().mul_(scale)
     if past_end_BL is not None:

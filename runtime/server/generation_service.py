@@ -127,7 +127,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         token_ids, offsets = [token_ids[place] for place in places], [offsets[place] for place in places]
         response = pb.TokenizeResponse(token_count=len(token_ids))
         if request.return_tokens:
-            response.tokens.extend(tokenizer.token_text(token_id) for token_id in token_ids)
+            response.tokens.extend(tokenizer.token_piece(token_id) for token_id in token_ids)
         if request.return_offsets:
             response.offsets.extend(pb.TokenizeResponse.Offset(start=start, end=end) for start, end in offsets)
         return response
@@ -141,19 +141,19 @@ def _head(prepared: PreparedRequest, tokenizer: Tokenizer) -> pb.GenerationRespo
     if prepared.options.detail.input_text:
         response.text = prepared.prompt
     if prepared.options.detail.input_tokens:
-        response.input_tokens.extend(pb.TokenInfo(text=tokenizer.token_text(i)) for i in prepared.prompt_ids)
+        response.input_tokens.extend(pb.TokenInfo(text=tokenizer.token_piece(i)) for i in prepared.prompt_ids)
     return response
 
 
 def _token_info(output: SequenceOutput, detail: ResponseDetail, tokenizer: Tokenizer) -> pb.TokenInfo:
-    info = pb.TokenInfo(text=tokenizer.token_text(output.token_id))
+    info = pb.TokenInfo(text=tokenizer.token_piece(output.token_id))
     if detail.logprobs:
         info.logprob = output.logprob
     if detail.ranks:
         info.rank = output.rank
     for top in output.top_tokens[: detail.num_top_tokens]:
         entry: dict[str, Any] = {"logprob": top.logprob} if detail.logprobs else {}
-        info.top_tokens.add(text=tokenizer.token_text(top.token_id), **entry)
+        info.top_tokens.add(text=tokenizer.token_piece(top.token_id), **entry)
     return info
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 from runtime.engine.sampling_params import SamplingParams
-from runtime.errors import InvalidRequest
 from runtime.pb.fmaas import generation_pb2 as pb
+from runtime.server.guide_validation import validate_guide
 from runtime.server.limits import ADAPTER_ID, Limits
+from runtime.server.refusal import invalid, require
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,17 @@ class GenerationOptions:
 
 def validate_parameters(params: pb.Parameters, limits: Limits) -> GenerationOptions:
     """Check everything that does not depend on the prompt; raises InvalidRequest with the field's path."""
-    _refuse_unsupported(params)
     stopping = params.stopping
-    detail = _validate_detail(params.response, limits)
-    sampling = _validate_sampling(params, limits)
-    sampling = dataclasses.replace(
-        sampling,
-        logprobs=detail.logprobs or detail.ranks or detail.num_top_tokens > 0,
+    detail = validate_detail(params.response, limits)
+    wants_detail = detail.logprobs or detail.ranks or detail.num_top_tokens > 0
+    sampling = SamplingParams(
+        **_validate_length(stopping, limits),
+        **_validate_sampling(params, limits),
+        **_validate_penalties(params.decoding, limits),
+        logprobs=wants_detail and detail.generated_tokens,
+        score_prompt=wants_detail and detail.input_tokens,
         num_top_tokens=detail.num_top_tokens,
+        guide=validate_guide(params.decoding, limits),
     )
     include = stopping.include_stop_sequence if stopping.HasField("include_stop_sequence") else True
     return GenerationOptions(
@@ -69,9 +74,9 @@ def fit_to_context(
     room = limits.max_model_len - num_prompt_tokens
     sampling = options.sampling
     if num_prompt_tokens == 0:
-        raise _invalid("EMPTY_PROMPT", text_field, "the prompt has no tokens")
+        raise invalid("EMPTY_PROMPT", text_field, "the prompt has no tokens")
     if room < max(1, sampling.min_new_tokens):
-        raise _invalid(
+        raise invalid(
             "PROMPT_TOO_LONG",
             text_field,
             f"the prompt has {num_prompt_tokens} tokens; with at least {max(1, sampling.min_new_tokens)} new tokens "
@@ -86,64 +91,72 @@ def fit_to_context(
 def validate_adapter_id(adapter_id: str, prefix_id: str) -> str | None:
     """The adapter that a request names, None for the base."""
     if prefix_id:
-        raise _unsupported("prefix_id", "prefix_id is not supported; use adapter_id")
+        raise invalid("UNSUPPORTED_PARAMETER", "prefix_id", "prefix_id is not supported; use adapter_id")
     if adapter_id and not ADAPTER_ID.fullmatch(adapter_id):
-        raise _invalid("ADAPTER_ID_INVALID", "adapter_id", f"adapter_id must match {ADAPTER_ID.pattern}")
+        raise invalid("ADAPTER_ID_INVALID", "adapter_id", f"adapter_id must match {ADAPTER_ID.pattern}")
     return adapter_id or None
 
 
-def _refuse_unsupported(params: pb.Parameters) -> None:
-    """What the contract has and this server does not do yet is refused by name, never ignored."""
-    typical_p, decoding = params.sampling.typical_p, params.decoding
-    _require(0.0 <= typical_p <= 1.0, "params.sampling.typical_p", typical_p, "0..1")
-    if typical_p not in (0.0, 1.0):
-        raise _unsupported("params.sampling.typical_p", "typical_p is not supported yet")
-    penalty = decoding.repetition_penalty
-    _require(0.0 <= penalty <= 2.0, "params.decoding.repetition_penalty", penalty, "above 0, at most 2")
-    if penalty not in (0.0, 1.0):
-        raise _unsupported("params.decoding.repetition_penalty", "repetition_penalty is not supported yet")
-    if decoding.HasField("length_penalty"):
-        raise _unsupported("params.decoding.length_penalty", "length_penalty is not supported yet")
-    guided = decoding.WhichOneof("guided")
-    if guided is not None and not (guided == "format" and decoding.format == pb.DecodingParameters.TEXT):
-        raise _unsupported(f"params.decoding.{guided}", f"guided decoding ({guided}) is not supported yet")
-
-
-def _validate_sampling(params: pb.Parameters, limits: Limits) -> SamplingParams:
-    sampling, stopping = params.sampling, params.stopping
-    if params.method not in (pb.GREEDY, pb.SAMPLE):
-        raise _invalid("INVALID_PARAMETER", "params.method", f"method {params.method} is not known")
-    temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
-    _require(
-        temperature == 0.0 or limits.min_temperature <= temperature <= limits.max_temperature,
-        "params.sampling.temperature",
-        temperature,
-        f"0 (greedy) or {limits.min_temperature}..{limits.max_temperature}",
-    )
-    _require(0.0 <= sampling.top_p <= 1.0, "params.sampling.top_p", sampling.top_p, "0 (off)..1")
+def _validate_length(stopping: pb.StoppingCriteria, limits: Limits) -> dict[str, int]:
     max_new, min_new = stopping.max_new_tokens, stopping.min_new_tokens
-    _require(
+    require(
         max_new <= limits.max_new_tokens,
         "params.stopping.max_new_tokens",
         max_new,
         f"0 (default {limits.default_max_new_tokens})..{limits.max_new_tokens}",
     )
     max_new = max_new or limits.default_max_new_tokens
-    _require(min_new <= max_new, "params.stopping.min_new_tokens", min_new, f"0..max_new_tokens ({max_new})")
-    if params.method == pb.GREEDY or temperature == 0.0:
-        return SamplingParams(max_new_tokens=max_new, min_new_tokens=min_new)
-    return SamplingParams(
-        max_new_tokens=max_new,
-        min_new_tokens=min_new,
-        temperature=temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p or 1.0,
+    require(min_new <= max_new, "params.stopping.min_new_tokens", min_new, f"0..max_new_tokens ({max_new})")
+    return {"max_new_tokens": max_new, "min_new_tokens": min_new}
+
+
+def _validate_sampling(params: pb.Parameters, limits: Limits) -> dict[str, Any]:
+    """Everything is checked whatever the method; a greedy request, by method or temperature 0, uses none of it."""
+    sampling = params.sampling
+    require(params.method in (pb.GREEDY, pb.SAMPLE), "params.method", params.method, "GREEDY (0) or SAMPLE (1)")
+    temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
+    require(
+        temperature == 0.0 or limits.min_temperature <= temperature <= limits.max_temperature,
+        "params.sampling.temperature",
+        temperature,
+        f"0 (greedy) or {limits.min_temperature}..{limits.max_temperature}",
     )
+    require(0.0 <= sampling.top_p <= 1.0, "params.sampling.top_p", sampling.top_p, "0 (off)..1")
+    require(0.0 <= sampling.typical_p <= 1.0, "params.sampling.typical_p", sampling.typical_p, "0 (off)..1")
+    if params.method == pb.GREEDY or temperature == 0.0:
+        return {}
+    return {
+        "temperature": temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p or 1.0,
+        "typical_p": sampling.typical_p or 1.0,
+    }
+
+
+def _validate_penalties(decoding: pb.DecodingParameters, limits: Limits) -> dict[str, Any]:
+    penalty = decoding.repetition_penalty
+    require(
+        0.0 <= penalty <= limits.max_repetition_penalty,
+        "params.decoding.repetition_penalty",
+        penalty,
+        f"0 (off)..{limits.max_repetition_penalty}",
+    )
+    values: dict[str, Any] = {"repetition_penalty": penalty or 1.0}
+    if decoding.HasField("length_penalty"):
+        factor = decoding.length_penalty.decay_factor
+        require(
+            limits.min_decay_factor <= factor <= limits.max_decay_factor,
+            "params.decoding.length_penalty.decay_factor",
+            factor,
+            f"{limits.min_decay_factor}..{limits.max_decay_factor}",
+        )
+        values |= {"length_penalty_start": decoding.length_penalty.start_index, "length_penalty_factor": factor}
+    return values
 
 
 def _validate_stop_sequences(stopping: pb.StoppingCriteria, limits: Limits) -> tuple[str, ...]:
     stops = tuple(stopping.stop_sequences)
-    _require(
+    require(
         len(stops) <= limits.max_stop_sequences,
         "params.stopping.stop_sequences",
         len(stops),
@@ -151,7 +164,7 @@ def _validate_stop_sequences(stopping: pb.StoppingCriteria, limits: Limits) -> t
     )
     for index, stop in enumerate(stops):
         num_bytes = len(stop.encode())
-        _require(
+        require(
             1 <= num_bytes <= limits.max_stop_sequence_bytes,
             f"params.stopping.stop_sequences[{index}]",
             num_bytes,
@@ -160,8 +173,9 @@ def _validate_stop_sequences(stopping: pb.StoppingCriteria, limits: Limits) -> t
     return stops
 
 
-def _validate_detail(response: pb.ResponseOptions, limits: Limits) -> ResponseDetail:
-    _require(
+def validate_detail(response: pb.ResponseOptions, limits: Limits) -> ResponseDetail:
+    """What to show; details of tokens need tokens that they belong to."""
+    require(
         response.top_n_tokens <= limits.max_top_n_tokens,
         "params.response.top_n_tokens",
         response.top_n_tokens,
@@ -169,16 +183,8 @@ def _validate_detail(response: pb.ResponseOptions, limits: Limits) -> ResponseDe
     )
     wants_detail = response.token_logprobs or response.token_ranks or response.top_n_tokens > 0
     if wants_detail and not (response.generated_tokens or response.input_tokens):
-        raise _invalid(
-            "INVALID_PARAMETER",
-            "params.response.generated_tokens",
-            "token details need generated_tokens to be asked for",
-        )
-    if wants_detail and response.input_tokens:
-        raise _unsupported(
-            "params.response.input_tokens",
-            "logprobs, ranks and top tokens of the input are not supported yet; ask for input_tokens without them",
-        )
+        message = "token details need generated_tokens or input_tokens to be asked for"
+        raise invalid("INVALID_PARAMETER", "params.response.generated_tokens", message)
     return ResponseDetail(
         input_text=response.input_text,
         generated_tokens=response.generated_tokens,
@@ -187,18 +193,3 @@ def _validate_detail(response: pb.ResponseOptions, limits: Limits) -> ResponseDe
         ranks=response.token_ranks,
         num_top_tokens=response.top_n_tokens,
     )
-
-
-def _require(ok: bool, field: str, value: object, allowed: str) -> None:
-    """A NaN fails every comparison, so it ends here too."""
-    if not ok:
-        name = field.rsplit(".", 1)[-1]
-        raise _invalid("INVALID_PARAMETER", field, f"{name} = {value} is out of range: {allowed}")
-
-
-def _invalid(reason: str, field: str, message: str) -> InvalidRequest:
-    return InvalidRequest(message, reason=reason, field=field)
-
-
-def _unsupported(field: str, message: str) -> InvalidRequest:
-    return InvalidRequest(message, reason="UNSUPPORTED_PARAMETER", field=field)

@@ -31,7 +31,8 @@ class _LargestTensor(TorchDispatchMode):
     def __init__(self, permanent: Iterable[Tensor]) -> None:
         super().__init__()
         self.num_bytes = 0
-        self._permanent = {tensor.untyped_storage().data_ptr() for tensor in permanent}
+        # A packed weight is opaque: it has no storage to name, and no operation returns it.
+        self._permanent = {tensor.untyped_storage().data_ptr() for tensor in permanent if not tensor.is_mkldnn}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

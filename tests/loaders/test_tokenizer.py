@@ -7,50 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
-from tokenizers import Tokenizer as Backend
-from transformers import PreTrainedTokenizerFast
 
 from loaders.errors import CheckpointError
 from loaders.tokenizer import IncrementalDetokenizer, Tokenizer
-
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog. " * 3,
-    "日本語のテキスト、中文文本。",
-    "naïve café — 12345",
-    "🙂🚀",
-]
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # DeepSeek's own spelling
-
-
-def save_byte_level(path: Path) -> Path:
-    """A small byte-level BPE in DeepSeek's manner: BOS added in front, special and ordinary added tokens."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=[BOS, EOS])
-    backend.train_from_iterator(CORPUS, trainer)
-    backend.add_tokens([AddedToken("<think>", special=False), AddedToken("→去", special=False)])
-    backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS).save_pretrained(path)
-    (path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "eos_token_id": [1, 7]}))
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
-    return path
-
-
-def save_sentence_pieces(path: Path) -> Path:
-    """A vocabulary in Llama's manner: spaces as U+2581, bytes as <0x..> tokens, the first space stripped."""
-    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁a", "b", "é", "the"]
-    backend = Backend(
-        models.BPE({token: n for n, token in enumerate(vocab)}, [], byte_fallback=True, unk_token="<unk>")
-    )
-    backend.add_special_tokens(["<s>", "</s>"])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(path)
-    return path
+from tests.oracle.small_tokenizers import BOS, EOS, save_byte_level, save_sentence_pieces
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +45,20 @@ def test_offsets_point_into_the_text(byte_level: Tokenizer) -> None:
     assert ids == byte_level.encode(text)
     assert offsets[0] == (0, 0)
     assert offsets[-1][1] == len(text)
-    plain = [(i, span) for i, span in zip(ids, offsets, strict=True) if "\ufffd" not in byte_level.token_text(i)]
-    assert all(text[start:end] == byte_level.token_text(i) for i, (start, end) in plain[1:])
+    decoded = [(byte_level.decode([i], skip_special=False), span) for i, span in zip(ids, offsets, strict=True)]
+    plain = [(piece, span) for piece, span in decoded if "\ufffd" not in piece]
+    assert all(text[start:end] == piece for piece, (start, end) in plain[1:])
 
 
-def test_token_text_names_special_tokens(byte_level: Tokenizer) -> None:
-    assert byte_level.token_text(1) == EOS
+def test_token_pieces_are_those_of_transformers_and_special_tokens_are_named(
+    byte_level: Tokenizer, tmp_path: Path
+) -> None:
+    """TGIS tells tokens as `convert_ids_to_tokens` does."""
+    for tokenizer in (byte_level, Tokenizer.from_dir(save_sentence_pieces(tmp_path))):
+        ids = tokenizer.encode("The \u65e5 \U0001f642 b")
+        assert [tokenizer.token_piece(i) for i in ids] == tokenizer._hf.convert_ids_to_tokens(ids)
+    assert byte_level.token_piece(1) == EOS
+    assert byte_level.token_piece(10**6) == ""
 
 
 def test_no_character_is_split_and_none_is_held_longer_than_needed(byte_level: Tokenizer) -> None:

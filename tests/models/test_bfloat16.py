@@ -16,7 +16,7 @@ from tests.oracle.base_models import Oracle, logits
 from tests.oracle.driver import driven_engine
 from tests.oracle.shapes import MOONLIGHT, V3, Shape
 
-NUM_PROMPTS = 24
+NUM_PROMPTS = 64
 NUM_TOKENS = 64
 NUM_DECODED = 16
 

@@ -114,3 +114,14 @@ def test_decode_attention_ignores_padded_slots() -> None:
 def test_an_unknown_device_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="'meta'"):
         make_ops(torch.device("meta"))
+
+
+@pytest.mark.parametrize("ops", BACK_ENDS, ids=_names)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 8, 70])
+def test_a_packed_linear_weight_multiplies_as_the_plain_one(ops: Ops, dtype: torch.dtype, num_rows: int) -> None:
+    torch.manual_seed(5)
+    x, weight = torch.randn(num_rows, 48).to(dtype), (torch.randn(40, 48) / 7).to(dtype)
+    seen = ops.linear(x, ops.pack_linear(weight))
+    assert seen.dtype is dtype
+    torch.testing.assert_close(seen, ops.linear(x, weight), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])

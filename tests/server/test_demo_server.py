@@ -6,14 +6,11 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import grpc
 import pytest
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from runtime.demo import ADAPTERS_DIR, TASKS_DIR
 from runtime.pb.fmaas import generation_pb2 as pb
@@ -32,22 +29,11 @@ def _rows(task: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled adapters, and copies of one of them that are broken in different ways."""
+    """The bundled adapters."""
     folder = tmp_path_factory.mktemp("root")
     for task in TASKS:
         shutil.copytree(ADAPTERS_DIR / task, folder / task)
-    for name in ("truncated", "unknown-key", "dora", "pickle-beside"):
-        shutil.copytree(ADAPTERS_DIR / TASKS[0], folder / name)
-    weights = folder / "truncated" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    _set(folder / "unknown-key" / "adapter_config.json", "new_maths", 3)
-    _set(folder / "dora" / "adapter_config.json", "use_dora", True)
-    (folder / "pickle-beside" / "adapter_model.bin").write_bytes(b"x")
     return folder
-
-
-def _set(path: Path, key: str, value: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
 
 
 @pytest.fixture(scope="module")
@@ -96,53 +82,6 @@ def test_two_adapters_touch_routed_experts_only_and_one_touches_few_of_them() ->
     num_experts = 3 * 32
     assert len(TASKS) >= 4 and len(experts_only) >= 2
     assert any(len(experts) > 3 and len(experts) < num_experts / 2 for experts in touched.values()), touched
-
-
-BAD_REQUESTS: dict[str, tuple[Callable[[LiveServer], object], str, str]] = {
-    "unknown adapter": (lambda live: live.generate("x", "nobody"), "ADAPTER_NOT_FOUND", "adapter_id"),
-    "over-long prompt": (lambda live: live.generate("word " * 200_000), "PROMPT_TOO_LONG", "text"),
-    "temperature": (
-        lambda live: live.generate("x", method=pb.SAMPLE, sampling={"temperature": -1.0}),
-        "",
-        "temperature",
-    ),
-    "typical_p": (lambda live: live.generate("x", method=pb.SAMPLE, sampling={"typical_p": 0.5}), "", "typical_p"),
-    "max_new_tokens": (lambda live: live.generate("x", stopping={"max_new_tokens": 10**6}), "", "max_new_tokens"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_REQUESTS)
-def test_a_bad_request_names_its_field_and_the_next_is_answered(server: LiveServer, case: str) -> None:
-    call, reason, field = BAD_REQUESTS[case]
-    code, seen_reason, seen_field = refused(lambda: call(server))
-    assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert seen_field.endswith(field) and reason in seen_reason
-    assert server.generate(PROMPT, "date-iso").text.strip() == "1999-03-04"
-
-
-@pytest.mark.parametrize(
-    ("folder", "word"),
-    [
-        ("truncated", "truncated"),
-        ("unknown-key", "new_maths"),
-        ("dora", "use_dora"),
-        ("pickle-beside", "adapter_model.bin"),
-    ],
-)
-def test_a_broken_adapter_is_refused_with_its_problems_and_nothing_changes(
-    server: LiveServer, folder: str, word: str
-) -> None:
-    before = server.adapters.ListAdapters(admin_pb.ListAdaptersRequest())
-    with pytest.raises(grpc.RpcError) as caught:
-        _load(server, "broken", folder)
-    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    failure = error_details_pb2.PreconditionFailure()
-    details = rpc_status.from_call(caught.value).details
-    assert any(detail.Unpack(failure) for detail in details)
-    told = caught.value.details() + " ".join(violation.description for violation in failure.violations)
-    assert word in told
-    assert server.adapters.ListAdapters(admin_pb.ListAdaptersRequest()).bytes_used == before.bytes_used
-    assert server.generate(PROMPT, "date-iso").text.strip() == "1999-03-04"
 
 
 def test_a_load_and_an_unload_leave_running_streams_as_they_are(server: LiveServer) -> None:

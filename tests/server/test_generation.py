@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import math
 import time
 
 import grpc
@@ -128,39 +127,19 @@ def test_tokenize_truncates_and_keeps_offsets_with_their_tokens(server: LiveServ
     assert list(cut.offsets) == [whole.offsets[0], whole.offsets[-1]]
 
 
-BAD_PARAMETERS = {
-    "sampling.temperature": [{"temperature": t} for t in (-1.0, 0.01, 101.0, math.nan, math.inf)],
-    "sampling.top_p": [{"top_p": p} for p in (-0.1, 1.5, math.nan, math.inf)],
-    "sampling.typical_p": [{"typical_p": p} for p in (0.5, -1.0, 2.0, math.nan)],
-    "stopping.max_new_tokens": [{"max_new_tokens": n} for n in (1025, 2**32 - 1)],
-    "stopping.min_new_tokens": [{"min_new_tokens": 21}, {"max_new_tokens": 5, "min_new_tokens": 6}],
-    "stopping.stop_sequences": [{"stop_sequences": list("abcdefg")}],
-    "stopping.stop_sequences[0]": [{"stop_sequences": [""]}, {"stop_sequences": ["é" * 121]}],
-    "decoding.repetition_penalty": [{"repetition_penalty": p} for p in (1.2, -1.0, 3.0, math.nan)],
-    "decoding.length_penalty": [{"length_penalty": {"start_index": 1, "decay_factor": 1.5}}],
-    "decoding.format": [{"format": "JSON"}],
-    "decoding.json_schema": [{"json_schema": "{}"}],
-    "decoding.regex": [{"regex": "a+"}],
-    "decoding.choice": [{"choice": {"choices": ["a", "b"]}}],
-    "decoding.grammar": [{"grammar": "root ::= 'a'"}],
-    "response.top_n_tokens": [{"generated_tokens": True, "top_n_tokens": 11}],
-    "response.generated_tokens": [{"token_logprobs": True}, {"token_ranks": True}, {"top_n_tokens": 1}],
-    "response.input_tokens": [{"input_tokens": True, "token_logprobs": True}],
-}
-
-
 @pytest.mark.parametrize(
-    ("field", "values"), [(field, values) for field, cases in BAD_PARAMETERS.items() for values in cases]
+    ("field", "values"),
+    [
+        ("sampling.top_p", {"top_p": 1.5}),
+        ("stopping.stop_sequences[0]", {"stop_sequences": [""]}),
+        ("decoding.json_schema", {"json_schema": "{"}),
+    ],
 )
-def test_a_bad_parameter_is_refused_by_name_and_the_next_request_is_answered(
-    server: LiveServer, field: str, values: dict
-) -> None:
+def test_both_calls_refuse_a_bad_parameter_alike(server: LiveServer, field: str, values: dict) -> None:
     params = {"method": "SAMPLE", field.split(".")[0]: values}
-    for call in (lambda: server.generate("abc", **params), lambda: list(server.stream("abc", **params))):
-        code, reason, named = refused(call)
-        assert code is grpc.StatusCode.INVALID_ARGUMENT
-        assert named == f"params.{field}"
-        assert reason in ("INVALID_PARAMETER", "UNSUPPORTED_PARAMETER")
+    expected = (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PARAMETER", f"params.{field}")
+    assert refused(lambda: server.generate("abc", **params)) == expected
+    assert refused(lambda: list(server.stream("abc", **params))) == expected
     assert server.generate("abc").text == "abc"
 
 

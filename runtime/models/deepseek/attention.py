@@ -144,10 +144,10 @@ class MultiHeadLatentAttention(nn.Module):
         block = max(64, MAX_BLOCK_NUMBERS // (self.num_heads * width))
         edges = [*range(0, num_context, block), num_context]
         query_HTX = query_THX.transpose(0, 1)
-        key_HLX, value_HLV = self._expand(cache_SX[span.slots_L[num_context:]], span.sequence, lora)
+        key_HLX, value_HLV = self._expand(cache_SX.index_select(0, span.slots_L[num_context:]), span.sequence, lora)
         merged = self.ops.attend_block(query_HTX, key_HLX, value_HLV, self.scale, causal=True)
         for start, stop in pairwise(edges):
-            key_HLX, value_HLV = self._expand(cache_SX[span.slots_L[start:stop]], span.sequence, lora)
+            key_HLX, value_HLV = self._expand(cache_SX.index_select(0, span.slots_L[start:stop]), span.sequence, lora)
             part = self.ops.attend_block(query_HTX, key_HLX, value_HLV, self.scale, causal=False)
             merged = merge_blocks(*merged, *part)
         return merged[0].to(query_THX.dtype).transpose(0, 1)
@@ -155,7 +155,7 @@ class MultiHeadLatentAttention(nn.Module):
     def _expand(self, rows_LX: Tensor, sequence: int, lora: StepLora | None) -> tuple[Tensor, Tensor]:
         """Keys [H, L, N + D] and values [H, L, V] of cached rows: the readable form of MLA."""
         latent_LC, key_rope_LD = rows_LX.split((self.num_latent, self.rope), dim=-1)
-        expanded = torch.nn.functional.linear(latent_LC, self.kv_b_proj.weight)
+        expanded = self.ops.linear(latent_LC, self.kv_b_proj.weight)
         if lora is not None:
             lora.add_linear_of_sequence_(self.kv_b_proj.name, expanded, latent_LC, sequence)
         heads_LHO = expanded.view(-1, self.num_heads, self.nope + self.value)

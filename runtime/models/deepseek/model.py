@@ -82,7 +82,7 @@ class DeepseekModel(nn.Module):
 
     def logits(self, hidden_BH: Tensor, rows_B: Tensor, lora: StepLora | None) -> Tensor:
         """Logits [B, vocabulary] in float32 of the hidden states of the step's tokens `rows_B`."""
-        logits = torch.nn.functional.linear(hidden_BH, self.lm_head.weight)
+        logits = self.placement.ops.linear(hidden_BH, self.lm_head.weight)
         if lora is not None:
             lora.add_linear_of_rows_("lm_head", logits, hidden_BH, rows_B)
         return logits.float()
@@ -128,6 +128,9 @@ def load_model(
         for module in model.modules():
             if isinstance(module, MultiHeadLatentAttention):
                 module.absorb_weights()
+        for module in model.modules():
+            if isinstance(module, Linear) and module.weight is not model.embed_tokens:
+                module.pack_weight()
     return model
 
 

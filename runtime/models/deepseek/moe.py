@@ -30,19 +30,20 @@ class RoutedExperts(nn.Module):
 
     def forward(self, x_TH: Tensor, weights: Tensor, experts: Tensor, lora: StepLora | None) -> Tensor:
         """Sum over each token's experts, weighted: [T, H], [T, top-k], [T, top-k] -> [T, H]."""
-        keys = experts if lora is None else lora.route_keys(self.layer, experts)
+        keys = experts if lora is None else lora.route_keys(experts)
         order_M = keys.flatten().argsort(stable=True)
         rows_M = order_M.div(experts.shape[1], rounding_mode="floor")
         experts_M = experts.flatten()[order_M]
         counts_E = torch.bincount(experts_M, minlength=self.w13.shape[0])
-        x_MH = x_TH[rows_M]
+        x_MH = x_TH.index_select(0, rows_M)  # many times as fast as x_TH[rows_M] on CPU
+        deltas = None if lora is None else lora.expert_deltas(self.layer, rows_M, experts_M)
         gate_up = self.ops.grouped_matmul(x_MH, self.w13, counts_E)
-        if lora is not None:
-            lora.add_experts_gate_up_(self.layer, gate_up, x_MH, rows_M, experts_M)
+        if deltas is not None:
+            deltas.add_gate_up_(gate_up, x_MH)
         inner_MI = self.ops.swiglu(gate_up)
         y_MH = self.ops.grouped_matmul(inner_MI, self.w2, counts_E)
-        if lora is not None:
-            lora.add_experts_down_(self.layer, y_MH, inner_MI, rows_M, experts_M)
+        if deltas is not None:
+            deltas.add_down_(y_MH, inner_MI)
         return self.ops.combine_experts(y_MH, order_M, weights)
 
 
