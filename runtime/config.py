@@ -63,6 +63,8 @@ class ServerConfig:
     default_max_new_tokens: int = 20
     drain_timeout_seconds: float = 60.0
     max_receive_bytes: int = 16 * 2**20
+    max_queued_outputs: int = 256
+    slow_reader_seconds: float = 30.0
 
     def validate(self) -> None:
         """Raise ValueError naming the field, its value and the allowed range."""
@@ -78,6 +80,9 @@ class ServerConfig:
             f"1..max_new_tokens_limit ({self.max_new_tokens_limit})",
         )
         _require(self.drain_timeout_seconds >= 0, "drain_timeout_seconds", self.drain_timeout_seconds, ">= 0")
+        queued, patience = self.max_queued_outputs, self.slow_reader_seconds
+        _require(1 <= queued <= 4096, "max_queued_outputs", queued, "1..4096")  # they may become one message
+        _require(0 < patience <= 3600, "slow_reader_seconds", patience, "above 0, at most 3600")
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:

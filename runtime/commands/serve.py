@@ -43,6 +43,7 @@ def build_config(options: argparse.Namespace) -> ServerConfig:
         http_port=options.http_port,
         adapters_root=options.adapters_root,
         adapters=_adapters(options.adapter),
+        slow_reader_seconds=options.slow_reader_seconds,
     )
     config.validate()
     return config

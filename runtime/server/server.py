@@ -30,6 +30,7 @@ from runtime.server.http import HttpServer
 from runtime.server.interceptors import ErrorInterceptor
 from runtime.server.limits import Limits
 from runtime.server.metrics import Metrics
+from runtime.server.output_stream import ReaderBounds
 
 STOP_GRACE_SECONDS = 1.0
 
@@ -54,7 +55,8 @@ class Server:
     def __init__(self, config: ServerConfig, engine_class: str = DEFAULT_ENGINE) -> None:
         self._config = config
         self._model_name = config.engine.model_path.resolve().name
-        self._client = EngineClient(config.engine, engine_class)
+        bounds = ReaderBounds(config.max_queued_outputs, config.slow_reader_seconds)
+        self._client = EngineClient(config.engine, engine_class, bounds)
         self._gate = Gate()
         self._health = Health()
         self._metrics = Metrics(self._model_name, lambda: self._client.stats)

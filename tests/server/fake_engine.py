@@ -28,6 +28,7 @@ from runtime.engine.messages import (
     FinishReason,
     ListAdapters,
     LoadAdapter,
+    PauseRequest,
     RequestFailed,
     SequenceOutput,
     StepOutputs,
@@ -44,6 +45,7 @@ class FakeSequence:
     request: AddRequest
     tokens: list[int]
     num_done: int = 0
+    paused: bool = False
 
 
 class FakeEngine:
@@ -71,7 +73,7 @@ class FakeEngine:
             self._wake.notify()
 
     def has_work(self) -> bool:
-        return bool(self._running or self._inbox)
+        return bool(self._inbox) or any(not sequence.paused for sequence in self._running.values())
 
     def wait_for_work(self, timeout_seconds: float) -> bool:
         with self._wake:
@@ -84,9 +86,10 @@ class FakeEngine:
         with self._wake:
             inbox, self._inbox = self._inbox, []
         events = [event for command in inbox for event in self._obey(command)]
-        if self._running:
+        batch = [sequence for sequence in self._running.values() if not sequence.paused]
+        if batch:
             time.sleep(self._step_seconds)
-        outputs = [self._advance(sequence) for sequence in list(self._running.values())]
+        outputs = [self._advance(sequence) for sequence in batch]
         return [*events, StepOutputs(outputs, self.stats())] if outputs else events
 
     def stats(self) -> EngineStats:
@@ -127,6 +130,9 @@ class FakeEngine:
                 return self._add(command)
             case CancelRequest(request_id):
                 self._running.pop(request_id, None)
+            case PauseRequest(request_id, paused):
+                if (sequence := self._running.get(request_id)) is not None:
+                    sequence.paused = paused
             case LoadAdapter():
                 return [self._load(command)]
             case UnloadAdapter(call_id, name, allow_missing):
