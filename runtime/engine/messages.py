@@ -91,7 +91,10 @@ class Shutdown:
 
 @dataclass(frozen=True)
 class EngineReady:
-    """The base is loaded and one token was generated. `max_model_len` counts prompt and output tokens."""
+    """The base is loaded and one token was generated. `max_model_len` counts prompt and output tokens.
+
+    `dtype` is that of weights and activations, by PyTorch's name.
+    """
 
     model_kind: str
     max_model_len: int
@@ -99,6 +102,7 @@ class EngineReady:
     num_parameters: int
     kv_cache_tokens: int
     adapter_bytes_limit: int
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,10 +149,17 @@ class PromptScored:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters (monotonic) and gauges of the engine, sent with outputs."""
+    """Counters (monotonic) and gauges of the engine, sent with outputs.
+
+    `running` sequences have begun; `paused` ones are those of them that wait for their readers.
+    `iteration_tokens` counts what the step computed that these come with; 0 if they come with none.
+    `estimated_wait_seconds` is how long a request that came now would wait for its first step, by the pace of the
+    last seconds; 0 if none waits.
+    """
 
     running: int = 0
     waiting: int = 0
+    paused: int = 0
     kv_tokens_used: int = 0
     kv_tokens_total: int = 0
     preemptions: int = 0
@@ -157,6 +168,8 @@ class EngineStats:
     adapters_resident: int = 0
     adapter_device_bytes: int = 0
     adapter_host_bytes: int = 0
+    iteration_tokens: int = 0
+    estimated_wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

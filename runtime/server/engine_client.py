@@ -7,6 +7,7 @@ import itertools
 import logging
 import socket
 import sys
+from collections.abc import Callable
 
 from runtime.config import EngineConfig
 from runtime.engine.messages import (
@@ -50,6 +51,8 @@ class EngineClient:
         self, config: EngineConfig, engine_class: str = DEFAULT_ENGINE, reader_bounds: ReaderBounds | None = None
     ) -> None:
         self.stats = EngineStats()
+        self.on_step: Callable[[EngineStats], None] = _ignore
+        self.on_adapters: Callable[[list[AdapterInfo]], None] = _ignore
         self.dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._config = config
         self._engine_class = engine_class
@@ -58,6 +61,7 @@ class EngineClient:
         self._streams: dict[RequestId, OutputStream] = {}
         self._calls: dict[CallId, asyncio.Future[list[AdapterInfo]]] = {}
         self._ids = itertools.count(1)
+        self._is_unheard = False
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -82,12 +86,18 @@ class EngineClient:
             raise Unavailable("the engine is starting", reason="STARTING", retry_seconds=1.0)
         return self._ready.result()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine has, or should have by now, a request to compute for."""
+        return self.stats.running > self.stats.paused or self._is_unheard
+
     def add(
         self, prompt_ids: list[int], params: SamplingParams, adapter: str | None, deadline: float | None
     ) -> OutputStream:
         """Start a request; its outputs come through the stream, which must be closed."""
         request_id = RequestId(next(self._ids))
         self._send(AddRequest(request_id, prompt_ids, params, adapter, deadline))
+        self._is_unheard = True
         stream = self._streams[request_id] = OutputStream(request_id, self, self._reader_bounds)
         return stream
 
@@ -171,9 +181,11 @@ class EngineClient:
             self._die(reason)
 
     def _dispatch(self, event: object) -> None:
+        self._is_unheard = False
         match event:
             case StepOutputs(outputs, stats):
                 self.stats = stats
+                self.on_step(stats)
                 for output in outputs:
                     if (stream := self._streams.get(output.request_id)) is not None:
                         stream.push(output)
@@ -184,6 +196,7 @@ class EngineClient:
                 if (stream := self._streams.get(request_id)) is not None:
                     stream.push_scores(event)
             case AdapterReply(call_id, adapters):
+                self.on_adapters(adapters)
                 if (future := self._calls.get(call_id)) is not None and not future.done():
                     future.set_result(adapters)
             case CallFailed(call_id, kind, message, reason, field, problems):
@@ -207,6 +220,10 @@ class EngineClient:
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(error)
+
+
+def _ignore(_: object) -> None:
+    """Until somebody wants to know."""
 
 
 def _request_error(kind: ErrorKind, message: str, reason: str, field: str) -> GraftError:

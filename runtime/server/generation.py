@@ -11,10 +11,12 @@ from loaders.tokenizer import IncrementalDetokenizer, Tokenizer
 from runtime.engine.messages import FinishReason, PromptScored, SequenceOutput, TokenScore
 from runtime.engine.sampling_params import SamplingParams
 from runtime.pb.fmaas import generation_pb2 as pb
+from runtime.server.calls import Call
 from runtime.server.engine_client import EngineClient
 from runtime.server.limits import Limits
-from runtime.server.metrics import Metrics, RequestTimer
+from runtime.server.metrics import Metrics
 from runtime.server.output_stream import StreamItem
+from runtime.server.request_timer import RequestTimer
 from runtime.server.text import TextStream
 from runtime.server.validation import GenerationOptions, fit_to_context
 
@@ -23,7 +25,7 @@ INLINE_TEXT_CHARS = 4096  # longer texts are tokenised in a thread, so that they
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A checked request, ready for the engine."""
+    """A checked request, ready for the engine. `deadline` is Unix time, `arrived` is on the monotonic clock."""
 
     prompt: str
     prompt_ids: list[int]
@@ -32,6 +34,7 @@ class PreparedRequest:
     adapter: str | None
     is_clipped: bool
     deadline: float | None
+    arrived: float
 
 
 @dataclass(slots=True)
@@ -62,11 +65,11 @@ class TextGenerator:
         self, text: str, options: GenerationOptions, adapter: str | None, text_field: str
     ) -> PreparedRequest:
         """Tokenise, truncate and fit into the context; raises InvalidRequest naming `text_field`."""
-        arrival = time.time()
+        arrival, arrived = time.time(), time.monotonic()
         prompt_ids = self.truncate(await self.encode(text), options.truncate_input_tokens)
         params, is_clipped = fit_to_context(options, len(prompt_ids), self.limits, text_field)
         deadline = arrival + options.time_limit_seconds if options.time_limit_seconds else None
-        return PreparedRequest(text, prompt_ids, params, options, adapter, is_clipped, deadline)
+        return PreparedRequest(text, prompt_ids, params, options, adapter, is_clipped, deadline, arrived)
 
     async def encode(self, text: str) -> list[int]:
         """Token ids; long texts in a thread."""
@@ -86,9 +89,8 @@ class TextGenerator:
         has_bos = token_ids[0] == self.tokenizer.bos_token_id
         return [0, *places[len(places) - max_tokens + 1 :]] if has_bos else places[-max_tokens:]
 
-    async def run(self, request: PreparedRequest) -> AsyncGenerator[Progress, None]:
-        """Progress until the end. Close this generator early and the engine frees everything at once."""
-        timer = self._metrics.start_request(len(request.prompt_ids))
+    async def run(self, request: PreparedRequest, call: Call) -> AsyncGenerator[Progress, None]:
+        """Progress until the end, as a part of `call`. Close it early and the engine frees everything at once."""
         text = TextStream(
             IncrementalDetokenizer(self.tokenizer),
             request.options.stop_sequences,
@@ -97,13 +99,16 @@ class TextGenerator:
         )
         num_generated = 0
         stream = self._client.add(request.prompt_ids, request.params, request.adapter, request.deadline)
+        timer = self._metrics.start_request(len(request.prompt_ids), request.adapter, request.arrived)
         try:
+            call.attach(stream)
             while True:
                 progress = Progress(num_generated=num_generated)
                 for item in await stream.take():
                     self._advance(progress, text, item, request.is_clipped, timer)
                     if progress.stop_reason != pb.NOT_FINISHED:
                         break
+                call.num_tokens += progress.num_generated - num_generated
                 num_generated = progress.num_generated
                 if progress.stop_reason != pb.NOT_FINISHED:
                     timer.success(pb.StopReason.Name(progress.stop_reason))
@@ -114,6 +119,7 @@ class TextGenerator:
             stream.raise_if_lost()
             raise
         finally:
+            timer.close()
             stream.close()
 
     def _advance(

@@ -14,6 +14,8 @@ from runtime.engine.messages import SequenceOutput
 from runtime.errors import InvalidRequest, NotFound
 from runtime.pb.fmaas import generation_pb2 as pb
 from runtime.pb.fmaas import generation_pb2_grpc as pb_grpc
+from runtime.server.admission import Admission
+from runtime.server.calls import Call
 from runtime.server.engine_client import EngineClient
 from runtime.server.gate import Gate
 from runtime.server.generation import PreparedRequest, Progress, TextGenerator
@@ -30,11 +32,13 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     def __init__(self, client: EngineClient, gate: Gate) -> None:
         self._client = client
         self._gate = gate
+        self._admission = Admission(client, gate)
 
     async def Generate(self, request: pb.BatchedGenerationRequest, context: Context) -> pb.BatchedGenerationResponse:
         """All texts of the batch, or one error for all of it."""
-        with self._gate.enter(), _tgis_errors():
+        with self._admission.enter(context) as call, _tgis_errors():
             adapter = validate_adapter_id(request.adapter_id, request.prefix_id)
+            call.adapter = adapter or ""
             limits = self.generator.limits
             options = validate_parameters(request.params, limits)
             if len(request.requests) > limits.max_batch_requests:
@@ -44,20 +48,22 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                 await self.generator.prepare(item.text, options, adapter, f"requests[{index}].text")
                 for index, item in enumerate(request.requests)
             ]
-            return pb.BatchedGenerationResponse(responses=await self._complete_all(prepared))
+            return pb.BatchedGenerationResponse(responses=await self._complete_all(prepared, call))
 
     async def GenerateStream(
         self, request: pb.SingleGenerationRequest, context: Context
     ) -> AsyncIterator[pb.GenerationResponse]:
         """First the input's count, then pieces of text, and the stop reason with the last."""
-        with self._gate.enter(), _tgis_errors():
+        with self._admission.enter(context) as call, _tgis_errors():
             adapter = validate_adapter_id(request.adapter_id, request.prefix_id)
+            call.adapter = adapter or ""
             options = validate_parameters(request.params, self.generator.limits)
             prepared = await self.generator.prepare(request.request.text, options, adapter, "request.text")
-            async with aclosing(self.generator.run(prepared)) as progresses:
+            async with aclosing(self.generator.run(prepared, call)) as progresses:
                 is_first = True
                 async for progress in progresses:
                     if is_first:
+                        await context.send_initial_metadata(call.metadata)
                         yield _head(prepared, self.generator.tokenizer)
                         is_first = False
                     response = self._delta(prepared, progress)
@@ -87,19 +93,19 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             max_new_tokens=limits.max_new_tokens,
         )
 
-    async def _complete_all(self, prepared: list[PreparedRequest]) -> list[pb.GenerationResponse]:
+    async def _complete_all(self, prepared: list[PreparedRequest], call: Call) -> list[pb.GenerationResponse]:
         """Run all together; the first failure ends the others."""
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._complete(item)) for item in prepared]
+                tasks = [group.create_task(self._complete(item, call)) for item in prepared]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _complete(self, prepared: PreparedRequest) -> pb.GenerationResponse:
+    async def _complete(self, prepared: PreparedRequest, call: Call) -> pb.GenerationResponse:
         response = _head(prepared, self.generator.tokenizer)
         texts = [response.text]
-        async with aclosing(self.generator.run(prepared)) as progresses:
+        async with aclosing(self.generator.run(prepared, call)) as progresses:
             async for progress in progresses:
                 delta = self._delta(prepared, progress)
                 texts.append(delta.text)

@@ -16,6 +16,8 @@ from runtime.server.status import abort, code_of
 
 OUR_PACKAGES = ("/fmaas.", "/graft.")
 ABORT_SECONDS = 1.0
+REQUESTS = "/fmaas."
+TEXT_REQUESTS = "/fmaas.GenerationService/Generate"  # and GenerateStream
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             try:
                 return await inner(request, context)
             except asyncio.CancelledError:
-                self._metrics.count_failure("CANCELLED", "CANCELLED")
+                self._count(method, "CANCELLED", "CANCELLED")
                 raise
             except Exception as error:  # noqa: BLE001  # the border: every error becomes a status
                 await abort(context, self._as_graft_error(error, method))
@@ -70,7 +72,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 finally:
                     await responses.aclose()  # raises why the service had the write cancelled, if it had
             except asyncio.CancelledError:
-                self._metrics.count_failure("CANCELLED", "CANCELLED")
+                self._count(method, "CANCELLED", "CANCELLED")
                 raise
             except Exception as error:  # noqa: BLE001  # the border: every error becomes a status
                 await _abort_stream(context, self._as_graft_error(error, method))
@@ -82,8 +84,15 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             error_id = uuid.uuid4().hex[:12]
             logger.error("%s failed, error %s", method, error_id, exc_info=error)
             error = Internal(f"internal error {error_id}; the server's log has the details", reason="INTERNAL")
-        self._metrics.count_failure(code_of(error.kind).name, error.reason)
+        self._count(method, code_of(error.kind).name, error.reason)
         return error
+
+    def _count(self, method: str, code: str, reason: str) -> None:
+        """Calls of operators are no requests."""
+        if method.startswith(REQUESTS):
+            self._metrics.count_failure(code, reason)
+        if method.startswith(TEXT_REQUESTS):
+            self._metrics.count_rejection(reason)
 
 
 async def _abort_stream(context: Any, error: GraftError) -> None:

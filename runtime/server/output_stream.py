@@ -75,6 +75,12 @@ class OutputStream:
             self._failure = error
             self._tell_reader()
 
+    def end(self, error: GraftError) -> None:
+        """End the request from this side: the engine frees it; the reader meets the error behind what came before."""
+        if not self.ended:
+            self._owner.forget(self)
+            self.fail(error)
+
     async def take(self) -> list[StreamItem]:
         """Everything that has come since the last call, in order: one item at least. Raises what ended the request."""
         if not self._items and self._failure is None:
@@ -145,7 +151,7 @@ class OutputStream:
         """The reader is too slow: free what its request holds, and take the reader out of where it is stuck."""
         seconds = self._bounds.slow_reader_seconds
         message = f"the client has read nothing for {seconds:g} s; {self._num_queued} tokens more wait for it"
-        self._failure = Exhausted(message, reason="SLOW_READER")
+        self._failure = self._failure or Exhausted(message, reason="SLOW_READER")
         self._items, self._num_queued = [], 0
         self.close()
         if self._reader is not None:

@@ -19,7 +19,12 @@ def main(model: str, adapters_root: str, *settings: str) -> int:
     in_engine = {key: value for key, value in values.items() if hasattr(EngineConfig, key)}
     in_server = {key: value for key, value in values.items() if key not in in_engine}
     config = ServerConfig(
-        EngineConfig(Path(model)), grpc_port=0, admin_port=0, http_port=0, adapters_root=Path(adapters_root)
+        EngineConfig(Path(model)),
+        grpc_port=0,
+        admin_port=0,
+        http_port=0,
+        adapters_root=Path(adapters_root),
+        drain_delay_seconds=0.0,
     )
     config = replace(config, engine=replace(config.engine, **in_engine), **in_server)
     configure_logging()

@@ -151,12 +151,12 @@ async def test_a_reader_that_takes_nothing_for_too_long_is_freed_from_where_it_i
     assert reading.cancelling() == 0
 
 
-async def test_a_stuck_reader_is_freed_when_its_request_has_failed(stream: OutputStream) -> None:
+async def test_a_reader_that_is_stuck_when_its_request_is_ended_is_freed_with_that_error(stream: OutputStream) -> None:
     push(stream, 1)
     reading = asyncio.create_task(stuck_reader(stream, []))
     await asyncio.sleep(0)
-    stream.fail(Unavailable("gone", reason="DRAINING"))
-    with pytest.raises(Exhausted):
+    stream.end(Unavailable("gone", reason="DRAINING"))
+    with pytest.raises(Unavailable):
         await asyncio.wait_for(reading, 5)
 
 
