@@ -66,6 +66,13 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--grpc-port", type=int, default=server.grpc_port, help="generation API; 0 takes any free port")
     add("--admin-port", type=int, default=server.admin_port, help="adapter administration")
     add("--http-port", type=int, default=server.http_port, help="/metrics, /healthz, /readyz, /v1/models")
+    add(
+        "--slow-reader-seconds",
+        type=float,
+        default=server.slow_reader_seconds,
+        metavar="X",
+        help="end a request whose client reads nothing for so long while its output waits",
+    )
     add("--device", choices=DEVICES, default=engine.device, help="where the model runs")
     add("--dtype", choices=DTYPES, default=engine.dtype, help="of weights and activations")
     add(

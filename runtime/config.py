@@ -11,6 +11,7 @@ DAY_SECONDS = 86_400
 MIN_RECEIVE_BYTES = 1024
 MAX_RECEIVE_BYTES = 2**30
 MAX_WAITING_REQUESTS = 1_000_000
+MAX_QUEUED_OUTPUTS = 4096  # they may become one message, of which clients take 4 MiB
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class ServerConfig:
     stall_seconds: float = 120.0
     max_connection_age_seconds: float = 1800.0
     max_receive_bytes: int = 16 * 2**20
+    max_queued_outputs: int = 256
+    slow_reader_seconds: float = 30.0
     metrics_max_adapters: int = 64
 
     @property
@@ -104,8 +107,11 @@ class ServerConfig:
         for name, low in (("drain_delay_seconds", 0), ("drain_timeout_seconds", 0), ("max_connection_age_seconds", 1)):
             value = getattr(self, name)
             _require(low <= value <= DAY_SECONDS, name, value, f"{low}..{DAY_SECONDS}")
-        is_allowed = 0 < self.stall_seconds <= DAY_SECONDS
-        _require(is_allowed, "stall_seconds", self.stall_seconds, f"above 0, at most {DAY_SECONDS}")
+        for name in ("stall_seconds", "slow_reader_seconds"):
+            value = getattr(self, name)
+            _require(0 < value <= DAY_SECONDS, name, value, f"above 0, at most {DAY_SECONDS}")
+        queued = self.max_queued_outputs
+        _require(1 <= queued <= MAX_QUEUED_OUTPUTS, "max_queued_outputs", queued, f"1..{MAX_QUEUED_OUTPUTS}")
         bytes_range = f"{MIN_RECEIVE_BYTES}..{MAX_RECEIVE_BYTES}"
         is_allowed = MIN_RECEIVE_BYTES <= self.max_receive_bytes <= MAX_RECEIVE_BYTES
         _require(is_allowed, "max_receive_bytes", self.max_receive_bytes, bytes_range)

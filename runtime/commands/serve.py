@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from pathlib import Path
 
 from runtime import demo
 from runtime.config import EngineConfig, ServerConfig
+from runtime.server import event_loop
 from runtime.server.limits import ADAPTER_ID
 from runtime.server.server import Addresses, serve
 
@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
     if options.model is None:
         _say(f"no MODEL given: serving the bundled demo model {demo.MODEL_DIR}")
-    return asyncio.run(serve(build_config(options), on_ready=_say_ready))
+    return event_loop.run(serve(build_config(options), on_ready=_say_ready))
 
 
 def build_config(options: argparse.Namespace) -> ServerConfig:
@@ -51,6 +51,7 @@ def build_config(options: argparse.Namespace) -> ServerConfig:
         stall_seconds=options.stall_seconds,
         max_connection_age_seconds=options.max_connection_age,
         metrics_max_adapters=options.metrics_max_adapters,
+        slow_reader_seconds=options.slow_reader_seconds,
     )
     config.validate()
     return config

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from runtime.errors import GraftError, InvalidRequest
-from runtime.server.engine_client import OutputStream
+from runtime.server.output_stream import OutputStream
 
 REQUEST_ID_KEY = "x-request-id"
 CORRELATION_ID_KEY = "x-correlation-id"

@@ -9,8 +9,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from loaders.tokenizer import Tokenizer
-from runtime.engine.messages import SequenceOutput
+from runtime.engine.messages import TokenScore
 from runtime.errors import InvalidRequest, NotFound
 from runtime.pb.fmaas import generation_pb2 as pb
 from runtime.pb.fmaas import generation_pb2_grpc as pb_grpc
@@ -18,8 +17,9 @@ from runtime.server.admission import Admission
 from runtime.server.calls import Call
 from runtime.server.engine_client import EngineClient
 from runtime.server.gate import Gate
-from runtime.server.generation import PreparedRequest, Progress, TextGenerator
-from runtime.server.validation import ResponseDetail, validate_adapter_id, validate_parameters
+from runtime.server.generation import PreparedRequest, TextGenerator
+from runtime.server.responses import delta, head
+from runtime.server.validation import validate_adapter_id, validate_parameters
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -61,12 +61,14 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             prepared = await self.generator.prepare(request.request.text, options, adapter, "request.text")
             async with aclosing(self.generator.run(prepared, call)) as progresses:
                 is_first = True
+                scores: list[TokenScore] = []
                 async for progress in progresses:
-                    if is_first:
+                    scores += progress.prompt_scores
+                    if is_first and (progress.outputs or progress.stop_reason != pb.NOT_FINISHED):
                         await context.send_initial_metadata(call.metadata)
-                        yield _head(prepared, self.generator.tokenizer)
+                        yield head(prepared, scores, self.generator.tokenizer)
                         is_first = False
-                    response = self._delta(prepared, progress)
+                    response = delta(prepared, progress, self.generator.tokenizer)
                     if response.text or response.tokens or response.stop_reason != pb.NOT_FINISHED:
                         yield response
 
@@ -103,27 +105,17 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         return [task.result() for task in tasks]
 
     async def _complete(self, prepared: PreparedRequest, call: Call) -> pb.GenerationResponse:
-        response = _head(prepared, self.generator.tokenizer)
-        texts = [response.text]
+        response = pb.GenerationResponse()
+        texts: list[str] = []
+        scores: list[TokenScore] = []
         async with aclosing(self.generator.run(prepared, call)) as progresses:
             async for progress in progresses:
-                delta = self._delta(prepared, progress)
-                texts.append(delta.text)
-                delta.ClearField("text")
-                response.MergeFrom(delta)
-        response.text = "".join(texts)
-        return response
-
-    def _delta(self, prepared: PreparedRequest, progress: Progress) -> pb.GenerationResponse:
-        response = pb.GenerationResponse(
-            text=progress.text,
-            generated_token_count=progress.num_generated,
-            stop_reason=progress.stop_reason,
-            stop_sequence=progress.stop_sequence,
-        )
-        if prepared.options.detail.generated_tokens:
-            for output in progress.outputs:
-                response.tokens.append(_token_info(output, prepared.options.detail, self.generator.tokenizer))
+                scores += progress.prompt_scores
+                texts.append(progress.text)
+                response.MergeFrom(delta(prepared, progress, self.generator.tokenizer))
+        first = head(prepared, scores, self.generator.tokenizer)
+        response.MergeFrom(first)
+        response.text = first.text + "".join(texts)
         return response
 
     def _tokenize_one(self, text: str, request: pb.BatchedTokenizeRequest) -> pb.TokenizeResponse:
@@ -137,30 +129,6 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         if request.return_offsets:
             response.offsets.extend(pb.TokenizeResponse.Offset(start=start, end=end) for start, end in offsets)
         return response
-
-
-def _head(prepared: PreparedRequest, tokenizer: Tokenizer) -> pb.GenerationResponse:
-    """What is known before the first token."""
-    response = pb.GenerationResponse(input_token_count=len(prepared.prompt_ids))
-    if not prepared.options.is_greedy:
-        response.seed = prepared.params.seed
-    if prepared.options.detail.input_text:
-        response.text = prepared.prompt
-    if prepared.options.detail.input_tokens:
-        response.input_tokens.extend(pb.TokenInfo(text=tokenizer.token_piece(i)) for i in prepared.prompt_ids)
-    return response
-
-
-def _token_info(output: SequenceOutput, detail: ResponseDetail, tokenizer: Tokenizer) -> pb.TokenInfo:
-    info = pb.TokenInfo(text=tokenizer.token_piece(output.token_id))
-    if detail.logprobs:
-        info.logprob = output.logprob
-    if detail.ranks:
-        info.rank = output.rank
-    for top in output.top_tokens[: detail.num_top_tokens]:
-        entry: dict[str, Any] = {"logprob": top.logprob} if detail.logprobs else {}
-        info.top_tokens.add(text=tokenizer.token_piece(top.token_id), **entry)
-    return info
 
 
 @contextmanager

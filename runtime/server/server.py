@@ -32,6 +32,7 @@ from runtime.server.interceptors import ErrorInterceptor
 from runtime.server.limits import Limits
 from runtime.server.listen import address, bind, channel_options
 from runtime.server.metrics import Metrics
+from runtime.server.output_stream import ReaderBounds
 from runtime.server.server_service import ServerService
 from runtime.server.stall import StallWatch
 
@@ -57,7 +58,8 @@ class Server:
 
     def __init__(self, config: ServerConfig, engine_class: str = DEFAULT_ENGINE) -> None:
         self._config = config
-        self._client = EngineClient(config.engine, engine_class)
+        bounds = ReaderBounds(config.max_queued_outputs, config.slow_reader_seconds)
+        self._client = EngineClient(config.engine, engine_class, bounds)
         self._gate = Gate()
         self._health = Health()
         self._metrics = Metrics(

@@ -28,6 +28,7 @@ from runtime.engine.messages import (
     FinishReason,
     ListAdapters,
     LoadAdapter,
+    PauseRequest,
     RequestFailed,
     SequenceOutput,
     StepOutputs,
@@ -44,6 +45,7 @@ class FakeSequence:
     request: AddRequest
     tokens: list[int]
     num_done: int = 0
+    paused: bool = False
 
 
 class FakeEngine:
@@ -77,7 +79,7 @@ class FakeEngine:
             self._wake.notify()
 
     def has_work(self) -> bool:
-        return bool(self._running or self._inbox)
+        return bool(self._inbox) or any(not sequence.paused for sequence in self._running.values())
 
     def wait_for_work(self, timeout_seconds: float) -> bool:
         with self._wake:
@@ -90,10 +92,11 @@ class FakeEngine:
         with self._wake:
             inbox, self._inbox = self._inbox, []
         events = [event for command in inbox for event in self._obey(command)]
-        if self._running:
+        batch = [sequence for sequence in self._running.values() if not sequence.paused]
+        if batch:
             time.sleep(self._step_seconds)
             self._num_steps += 1
-        outputs = [self._advance(sequence) for sequence in list(self._running.values())]
+        outputs = [self._advance(sequence) for sequence in batch]
         stats = replace(self.stats(), iteration_tokens=len(outputs))
         return [*events, StepOutputs(outputs, stats)] if outputs else events
 
@@ -101,6 +104,7 @@ class FakeEngine:
         num_adapters = len(self._adapters)
         return EngineStats(
             running=len(self._running),
+            paused=sum(sequence.paused for sequence in self._running.values()),
             kv_tokens_total=4096,
             steps=self._num_steps,
             estimated_wait_seconds=self._wait_seconds * len(self._running),
@@ -137,6 +141,9 @@ class FakeEngine:
                 return self._add(command)
             case CancelRequest(request_id):
                 self._running.pop(request_id, None)
+            case PauseRequest(request_id, paused):
+                if (sequence := self._running.get(request_id)) is not None:
+                    sequence.paused = paused
             case LoadAdapter():
                 return [self._load(command)]
             case UnloadAdapter(call_id, name, allow_missing):
