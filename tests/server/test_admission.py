@@ -13,11 +13,11 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from runtime.errors import DeadlineExceeded
+from runtime.errors import DeadlineExceeded, InvalidRequest
 from runtime.pb.fmaas import generation_pb2 as pb
 from runtime.pb.graft.admin.v1 import server_pb2 as admin_pb
 from runtime.server.admission import check_deadline
-from runtime.server.calls import MAX_CORRELATION_ID_CHARS
+from runtime.server.calls import MAX_CORRELATION_ID_CHARS, correlation_id_of
 from tests.server.live import REPOSITORY, LiveServer, refused
 
 MINTED = re.compile(r"[0-9a-f]{32}")
@@ -92,6 +92,14 @@ def test_a_correlation_id_that_is_none_is_refused_and_the_next_call_is_answered(
     assert server.generation.Generate(batch(), timeout=20, metadata=longest).responses[0].text == "abc"
 
 
+@pytest.mark.parametrize("value", [b"bytes", "line\nbreak", "tab\t", "\x7f", "é", "", "x" * 129])
+def test_a_correlation_id_is_printable_ascii_whatever_a_client_sends(value: str | bytes) -> None:
+    with pytest.raises(InvalidRequest, match="1 to 128 printable ASCII characters"):
+        correlation_id_of([("user-agent", "a"), ("x-correlation-id", value)])
+    assert correlation_id_of([("x-correlation-id", "~ !"), ("user-agent", "a")]) == "~ !"
+    assert correlation_id_of([("user-agent", "a")]) == ""
+
+
 @pytest.fixture(scope="module")
 def queued(adapters_root: Path) -> Iterator[LiveServer]:
     """A new request waits three seconds for each that runs, if one believes the engine."""
@@ -126,8 +134,7 @@ def test_a_deadline_is_met_if_it_is_later_than_the_wait(
             check_deadline(remaining_seconds, estimated_wait_seconds)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_grpcs_own_retry_policy_retries_what_a_draining_server_refuses(adapters_root: Path, stream: bool) -> None:
+def test_grpcs_own_retry_policy_retries_what_a_draining_server_refuses(adapters_root: Path) -> None:
     """It does so only if the server has sent no headers, so the attempts that it counts prove that."""
     policy = {
         "maxAttempts": 4,
@@ -141,19 +148,20 @@ def test_grpcs_own_retry_policy_retries_what_a_draining_server_refuses(adapters_
         assert list(live.admin.Drain(admin_pb.DrainRequest()))[-1].phase == admin_pb.DrainResponse.PHASE_COMPLETE
         with grpc.insecure_channel(live.address, options=[("grpc.service_config", config)]) as channel:
             stub = type(live.generation)(channel)
-            code, reason, _ = refused(
-                (lambda: list(stub.GenerateStream(single(), timeout=20)))
-                if stream
-                else (lambda: stub.Generate(batch(), timeout=20))
+            unary, stream = (
+                lambda: stub.Generate(batch(), timeout=20),
+                lambda: list(stub.GenerateStream(single(), timeout=20)),
             )
-        assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
-        assert live.metric('graft_request_failures_total{code="UNAVAILABLE"') == 4
+            for attempts, call in ((4, unary), (8, stream)):
+                assert refused(call)[:2] == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+                assert live.metric('graft_request_failures_total{code="UNAVAILABLE"') == attempts
 
 
 def test_the_sample_service_config_leads_clients_away_from_a_draining_server(adapters_root: Path) -> None:
     text = (REPOSITORY / "docs" / "errors.md").read_text(encoding="utf-8")
     config = text.split("```json\n")[1].split("```")[0]
-    with LiveServer.fake(adapters_root) as leaving, LiveServer.fake(adapters_root) as staying:
+    starting = [LiveServer.fake(adapters_root) for _ in range(2)]
+    with starting[0] as leaving, starting[1] as staying:
         target = f"ipv4:{leaving.address},{staying.address}"
         with grpc.insecure_channel(target, options=[("grpc.service_config", config)]) as channel:
             stub = type(leaving.generation)(channel)

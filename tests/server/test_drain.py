@@ -197,11 +197,8 @@ def test_a_rolling_restart_fails_no_request_of_clients_that_go_elsewhere(
     """Two servers, 16 clients; each server is drained and stopped in turn while a new one takes its place."""
     stop = threading.Event()
     settings, times = ("drain_delay_seconds=0.5",), {"step_seconds": 0.002}
-    with (
-        LiveServer.fake(adapters_root, *settings, **times) as first,
-        LiveServer.fake(adapters_root, *settings, **times) as second,
-        LiveServer.fake(adapters_root, *settings, **times) as third,
-    ):
+    starting = [LiveServer.fake(adapters_root, *settings, **times) for _ in range(3)]
+    with starting[0] as first, starting[1] as second, starting[2] as third:
         servers = [first, second]
 
         def ask(number: int) -> tuple[int, int]:

@@ -30,7 +30,7 @@ LONG = {"max_new_tokens": 200, "min_new_tokens": 200}
 NUM_STREAMS = 300
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def brief(adapters_root: Path) -> Iterator[LiveServer]:
     """Its engine counts as stalled after half a second."""
     with LiveServer.fake(adapters_root, f"stall_seconds={STALL_SECONDS}", step_seconds=0.01) as live:
@@ -106,18 +106,7 @@ def test_an_unknown_name_is_not_found_by_check_and_watched_for_in_case_it_comes(
     call.cancel()
 
 
-def test_a_watcher_sees_the_drain_and_the_process_stays_alive(brief: LiveServer) -> None:
-    call, told = watch(brief, READY)
-    assert told.get(timeout=5) == SERVING
-    list(brief.admin.Drain(admin_pb.DrainRequest()))
-    assert told.get(timeout=5) == NOT_SERVING
-    assert states(brief) == (SERVING, NOT_SERVING)
-    assert health(brief.admin_channel, "graft.admin.v1.AdapterService") == NOT_SERVING
-    assert health(brief.admin_channel, "graft.admin.v1.ServerService") == SERVING
-    call.cancel()
-
-
-def test_health_answers_while_many_streams_run_and_costs_the_engine_no_step(
+def test_health_answers_beside_many_streams_costs_the_engine_no_step_and_tells_watchers_of_a_drain(
     adapters_root: Path, record_number: RecordNumber
 ) -> None:
     with LiveServer.fake(adapters_root, step_seconds=0.05) as live:
@@ -138,3 +127,16 @@ def test_health_answers_while_many_streams_run_and_costs_the_engine_no_step(
         for _ in range(50):
             assert states(live) == (SERVING, SERVING)
         assert live.admin.GetLoad(admin_pb.GetLoadRequest()).step_count == before > 0
+        _watch_a_drain(live)
+
+
+def _watch_a_drain(live: LiveServer) -> None:
+    """A watcher is told; the process is still alive and the server's own service still answers."""
+    call, told = watch(live, READY)
+    assert told.get(timeout=5) == SERVING
+    list(live.admin.Drain(admin_pb.DrainRequest()))
+    assert told.get(timeout=5) == NOT_SERVING
+    assert states(live) == (SERVING, NOT_SERVING)
+    assert health(live.admin_channel, "graft.admin.v1.AdapterService") == NOT_SERVING
+    assert health(live.admin_channel, "graft.admin.v1.ServerService") == SERVING
+    call.cancel()

@@ -18,8 +18,14 @@ LONG = pb.Parameters(stopping=pb.StoppingCriteria(max_new_tokens=200, min_new_to
 ABORTED = (grpc.StatusCode.ABORTED, "ABORTED_BY_OPERATOR", "")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def live(adapters_root: Path) -> Iterator[LiveServer]:
+    with LiveServer.fake(adapters_root, step_seconds=0.01) as server:
+        yield server
+
+
+@pytest.fixture
+def doomed(adapters_root: Path) -> Iterator[LiveServer]:
     with LiveServer.fake(adapters_root, step_seconds=0.01) as server:
         yield server
 
@@ -68,17 +74,17 @@ def test_load_lists_the_running_requests_and_abort_ends_them(
         assert refused(lambda call=call: list(call)) == ABORTED
 
 
-def test_drain_shows_how_many_still_run_until_none_does(live: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
-    call = start(live, "last")
-    status, out, err = run(capsys, live, "drain", "--timeout", "0.2")
+def test_drain_shows_how_many_still_run_until_none_does(doomed: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
+    call = start(doomed, "last")
+    status, out, err = run(capsys, doomed, "drain", "--timeout", "0.2")
     assert (status, out[0]) == (1, "STARTED: 1 request running")
     assert "still running after 0.2 s: 1 of the calls" in err
-    status, lines, _ = run(capsys, live, "drain")
+    status, lines, _ = run(capsys, doomed, "drain")
     assert status == 0
     assert (lines[0], lines[-1]) == ("IN_PROGRESS: 1 request running", "COMPLETE: 0 requests running")
     assert list(call)[-1].generated_token_count == 200
-    assert run(capsys, live, "load")[1][-1] == "the server is draining"
-    assert run(capsys, live, "info")[1][1].split() == ["state", "DRAINING"]
+    assert run(capsys, doomed, "load")[1][-1] == "the server is draining"
+    assert run(capsys, doomed, "info")[1][1].split() == ["state", "DRAINING"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["abort"], ["abort", "--all", "--adapter", "a"], ["drain", "--timeout"]])
