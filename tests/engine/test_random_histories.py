@@ -213,7 +213,7 @@ class EngineHistory(RuleBasedStateMachine):
             told.num_tokens += 1
             asked = len(told.request.prompt_ids) - 1 if params.score_prompt else 0
             assert told.num_scores == asked
-            assert (output.rank > 0) == bool(params.logprobs or params.num_top_tokens)
+            assert (output.rank > 0) == params.logprobs
         if output.finish_reason is not None:
             told.end = output.finish_reason
             self.seen[output.finish_reason] += 1
