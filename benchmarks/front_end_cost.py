@@ -66,7 +66,7 @@ class ServerProcess:
 
     def cpu_seconds(self) -> float:
         """User and system time of the process so far, all threads."""
-        return time.clock_gettime(_cpu_clock(self.process.pid))
+        return time.clock_gettime(cpu_clock(self.process.pid))
 
     def stop(self) -> None:
         """End it, by force if it does not listen."""
@@ -91,7 +91,7 @@ class ServerProcess:
             seen = max(seen, response.generated_token_count)
 
 
-def _cpu_clock(pid: int) -> int:
+def cpu_clock(pid: int) -> int:
     """Linux's number of the CPU-time clock of another process, as clock_getcpuclockid makes it."""
     return (~pid << 3) | 2
 

@@ -15,6 +15,7 @@ def engine_families(model_name: str, stats: EngineStats) -> Iterator[Metric]:
     gauges = {
         "requests_running": ("Sequences in the batch", stats.running),
         "requests_waiting": ("Sequences waiting for a place", stats.waiting),
+        "requests_paused": ("Sequences in the batch that wait for their readers", stats.paused),
         "kv_cache_usage_ratio": ("Used share of the KV cache", stats.kv_tokens_used / max(1, stats.kv_tokens_total)),
         "adapters_resident": ("Adapters in device memory", stats.adapters_resident),
     }

@@ -41,6 +41,7 @@ FAMILIES = {
     "graft_request_success": "counter",
     "graft_requests_running": "gauge",
     "graft_requests_waiting": "gauge",
+    "graft_requests_paused": "gauge",
     "graft_time_to_first_token_seconds": "histogram",
 }
 # vllm/v1/metrics/buckets.py

@@ -1,0 +1,102 @@
+"""What streaming costs: CPU of the front-end for each token, and what the engine's steps lose by it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from benchmarks.front_end_cost import ASKED_US, Load, cpu_clock, measure
+from runtime.pb.fmaas import generation_pb2 as pb
+from tests.conftest import RecordNumber
+from tests.server.live import LiveServer
+
+NUM_STREAMS = 16
+NUM_TOKENS = 800
+WARM_UP_SECONDS, WINDOW_SECONDS, NUM_ROUNDS = 0.4, 1.5, 4
+
+
+def test_a_streamed_token_costs_little_cpu(record_number: RecordNumber) -> None:
+    """The best of several windows: what else runs on the machine only adds."""
+    cost = asyncio.run(measure(Load(num_streams=32), num_windows=4, seconds=1.5))
+    record_number("bare grpc.aio: us of CPU per streamed token, 32 streams", min(cost.bare_us))
+    record_number("front-end: us of CPU per streamed token, 32 streams", min(cost.graft_us), at_most=ASKED_US)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    root: Path = tmp_path_factory.mktemp("root")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # a core for the engine and one for the rest
+        server = LiveServer.demo(root, "--max-model-len", "1024")
+    with server as live:
+        yield live
+
+
+@contextmanager
+def _clients(server: LiveServer, *, streaming: bool) -> Iterator[None]:
+    """So many requests under way, read as a stream or awaited as a whole; cancelled at the end."""
+    stopping = pb.StoppingCriteria(max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS)
+    params = pb.Parameters(stopping=stopping)
+    calls: list[grpc.Call] = []
+    readers = []
+    for index in range(NUM_STREAMS):
+        text = pb.GenerationRequest(text=f"Request number {index}:")
+        if streaming:
+            call = server.generation.GenerateStream(pb.SingleGenerationRequest(request=text, params=params))
+            readers.append(threading.Thread(target=_read, args=(call,)))
+        else:
+            call = server.generation.Generate.future(pb.BatchedGenerationRequest(requests=[text], params=params))
+        calls.append(call)
+    for reader in readers:
+        reader.start()
+    try:
+        yield
+    finally:
+        for call in calls:
+            call.cancel()
+        for reader in readers:
+            reader.join()
+
+
+def _read(call: grpc.Call) -> None:
+    try:
+        for _ in call:
+            pass
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.CANCELLED
+
+
+def _engine_us_per_step(server: LiveServer, engine_pid: int, *, streaming: bool) -> float:
+    """CPU of the engine's process, which steps, encodes and sends, for each step."""
+    clock = cpu_clock(engine_pid)
+    with _clients(server, streaming=streaming):
+        time.sleep(WARM_UP_SECONDS)
+        steps, seconds = server.metric("graft_iteration_tokens_total_count"), time.clock_gettime(clock)
+        time.sleep(WINDOW_SECONDS)
+        steps = server.metric("graft_iteration_tokens_total_count") - steps
+        seconds = time.clock_gettime(clock) - seconds
+    deadline = time.monotonic() + 10
+    while server.metric("graft_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return 1e6 * seconds / steps
+
+
+def test_streaming_does_not_slow_the_engines_steps(server: LiveServer, record_number: RecordNumber) -> None:
+    """The same requests as streams and as whole answers in turn; the best window of each."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    (engine_pid,) = (
+        int(pid) for pid in children if b"runtime.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    whole, streamed = [], []
+    for _ in range(NUM_ROUNDS):
+        whole.append(_engine_us_per_step(server, engine_pid, streaming=False))
+        streamed.append(_engine_us_per_step(server, engine_pid, streaming=True))
+    record_number("engine: us of CPU per step of 16 requests that nobody streams", min(whole))
+    record_number("engine: step with 16 streams / without", min(streamed) / min(whole), at_most=1.03)
