@@ -8,10 +8,20 @@ from runtime.engine.messages import RequestId
 
 
 @dataclass(frozen=True)
+class PromptTargets:
+    """Prompt tokens to score: `token_ids[i]` is the one after the chunk's token `first_row + i`."""
+
+    first_row: int
+    token_ids: list[int]
+    num_top_tokens: int
+
+
+@dataclass(frozen=True)
 class Chunk:
     """The next tokens of one sequence, at positions `start`.. of its cache `blocks`.
 
     `slot` is the adapter's device slot (-1: base); `samples` tells whether a new token follows from the last one.
+    `targets` are there only if the request asked for scores of its prompt.
     """
 
     request_id: RequestId
@@ -20,6 +30,7 @@ class Chunk:
     blocks: list[int]
     slot: int
     samples: bool
+    targets: PromptTargets | None = None
 
 
 @dataclass(frozen=True)

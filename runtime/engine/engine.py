@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -24,12 +25,16 @@ from runtime.engine.messages import (
     FinishReason,
     ListAdapters,
     LoadAdapter,
+    PauseRequest,
+    PromptScored,
     RequestFailed,
     RequestId,
     SequenceOutput,
     StepOutputs,
+    TokenScore,
     UnloadAdapter,
 )
+from runtime.engine.runner import StepResult
 from runtime.engine.sampler import SampledToken
 from runtime.engine.sequence import Sequence
 from runtime.engine.start import start
@@ -53,6 +58,9 @@ class Engine:
         self._events: list[Event] = []
         self._num_steps = 0
         self._num_prompt_tokens = 0
+        self._iteration_tokens = 0
+        # No sequence is due before this Unix time; the sequence that it was taken from may have ended.
+        self._next_deadline = math.inf
 
     def submit(self, command: Command) -> None:
         """Hand over a command; it takes effect before the next step. `Shutdown` is for the process around it."""
@@ -63,26 +71,28 @@ class Engine:
         """Whether `step` would do anything now."""
         if self.scheduler.can_run() or not self._inbox.empty() or self.adapters.is_installing:
             return True
-        return any(_is_due(sequence) for sequence in self.scheduler.waiting)
+        return time.time() >= self._next_deadline
 
     def wait_for_work(self, timeout_seconds: float) -> bool:
-        """Sleep while there is nothing to do, until a command or a loaded file arrives, or the time is over."""
+        """Sleep while there is nothing to do, until a command, a loaded file or a deadline, or the time is over."""
         if self.has_work():
             return True
-        self._wake.wait(timeout_seconds)
+        self._wake.wait(max(0.0, min(timeout_seconds, self._next_deadline - time.time())))
         self._wake.clear()
         return self.has_work()
 
     def step(self) -> list[Event]:
         """One step: take commands, let loaded adapters in, pick a batch, run it, account for its tokens."""
+        self._iteration_tokens = 0
         self._drain_inbox()
-        self.adapters.advance(whole=not self.scheduler.running)
+        self.adapters.advance(whole=not self.scheduler.is_running)
+        self._end_lost()
         self._end_overdue()
         batch = self.scheduler.schedule()
         if batch is not None:
-            logits = self.runner.run(batch)
-            tokens = self.sampler.sample(logits, self._sampling_sequences(batch))
-            self._finish_step(batch, tokens)
+            result = self.runner.run(batch)
+            tokens = self.sampler.sample(result.logits, self.scheduler.sampling_sequences(batch))
+            self._finish_step(batch, result, tokens)
         events, self._events = self._events, []
         return events
 
@@ -104,6 +114,8 @@ class Engine:
             adapters_resident=self.adapters.num_resident,
             adapter_device_bytes=self.adapters.pages.num_bytes,
             adapter_host_bytes=self.adapters.host_bytes,
+            iteration_tokens=self._iteration_tokens,
+            estimated_wait_seconds=self.scheduler.estimated_wait_seconds(),
         )
 
     def _drain_inbox(self) -> None:
@@ -119,6 +131,10 @@ class Engine:
                 sequence = self.scheduler.find(command.request_id)
                 if sequence is not None:
                     self._end(sequence)
+            case PauseRequest():
+                sequence = self.scheduler.find(command.request_id)
+                if sequence is not None:
+                    self.scheduler.pause(sequence, paused=command.paused)
             case LoadAdapter():
                 reply = self._replier(command.call_id)
                 self.adapters.load(command.name, command.path, command.expected_digest, reply)
@@ -139,6 +155,8 @@ class Engine:
             return
         self._num_prompt_tokens += len(request.prompt_ids)
         self.scheduler.add(Sequence.from_request(request, adapter))
+        if request.deadline is not None:
+            self._next_deadline = min(self._next_deadline, request.deadline)
 
     def _check(self, request: AddRequest) -> None:
         """The engine's own bounds; front-ends check the rest, and these too, with the client's field names."""
@@ -154,6 +172,9 @@ class Engine:
             raise InvalidRequest(
                 f"token ids must be 0..{self.ready.vocab_size - 1}", reason="TOKEN_ID_RANGE", field="text"
             )
+        if self.scheduler.find(request.request_id) is not None:
+            message = f"request id {request.request_id} is that of a request that has not ended"
+            raise InvalidRequest(message, reason="DUPLICATE_REQUEST_ID", field="request_id")
         if len(self.scheduler.waiting) >= self.config.max_waiting_requests:
             message = f"{len(self.scheduler.waiting)} requests are waiting, the most that may: retry later"
             raise Exhausted(message, reason="QUEUE_FULL", retry_seconds=1.0)
@@ -188,45 +209,65 @@ class Engine:
 
         return reply
 
+    def _end_lost(self) -> None:
+        """End the requests that waited for an adapter whose load failed."""
+        for sequence in self.scheduler.settle_awaiting():
+            self._end(sequence)
+            message = "the adapter that this request waited for could not be loaded"
+            self._fail(sequence.request_id, NotFound(message, reason="ADAPTER_NOT_FOUND", field="adapter_id"))
+
     def _end_overdue(self) -> None:
-        """End what cannot go on: deadlines that passed, adapters whose load failed."""
+        """End the requests whose deadline has passed; all are looked through only when the next one is due."""
+        now = time.time()
+        if now < self._next_deadline:
+            return
         outputs = []
+        self._next_deadline = math.inf
         for sequence in self.scheduler.sequences():
-            if _is_due(sequence):
+            if sequence.deadline is None:
+                continue
+            if now >= sequence.deadline:
                 self._end(sequence)
                 outputs.append(SequenceOutput(sequence.request_id, finish_reason=FinishReason.DEADLINE))
-            elif sequence.lost_adapter:
-                self._end(sequence)
-                message = "the adapter that this request waited for could not be loaded"
-                self._fail(sequence.request_id, NotFound(message, reason="ADAPTER_NOT_FOUND", field="adapter_id"))
+            else:
+                self._next_deadline = min(self._next_deadline, sequence.deadline)
         if outputs:
             self._events.append(StepOutputs(outputs, self.stats()))
 
-    def _sampling_sequences(self, batch: Batch) -> list[Sequence]:
-        by_id = {sequence.request_id: sequence for sequence in self.scheduler.running}
-        return [by_id[chunk.request_id] for chunk in batch.chunks if chunk.samples]
-
-    def _finish_step(self, batch: Batch, tokens: list[SampledToken]) -> None:
+    def _finish_step(self, batch: Batch, result: StepResult, tokens: list[SampledToken]) -> None:
         self._num_steps += 1
+        self._iteration_tokens = batch.num_tokens
         outcome = self.scheduler.update(batch, [token.token_id for token in tokens])
+        not_numbers = self._tell_prompt_scores(result.prompt_scores)
         outputs = []
         for (sequence, reason), token in zip(outcome, tokens, strict=True):
-            if not token.is_finite:
-                self._break_off(sequence, has_ended=reason is not None)
-                continue
             if reason is not None:
                 self._release_adapter(sequence)
-            outputs.append(_output(sequence, token, reason))
+            if not token.is_finite:
+                not_numbers.add(sequence.request_id)
+            elif sequence.request_id not in not_numbers:
+                outputs.append(_output(sequence, token, reason))
+        for request_id in not_numbers:
+            self._break_off(request_id)
         self._events.append(StepOutputs(outputs, self.stats()))
 
-    def _break_off(self, sequence: Sequence, *, has_ended: bool) -> None:
+    def _tell_prompt_scores(self, prompt_scores: dict[RequestId, list[TokenScore]]) -> set[RequestId]:
+        """Send the scores of this step's prompt tokens; returns the requests whose scores are not numbers."""
+        not_numbers = set()
+        for request_id, scores in prompt_scores.items():
+            if all(math.isfinite(score.logprob) for score in scores):
+                self._events.append(PromptScored(request_id, scores))
+            else:
+                not_numbers.add(request_id)
+        return not_numbers
+
+    def _break_off(self, request_id: RequestId) -> None:
         """End a request whose logits are not numbers: weights that overflow must not pass for an answer."""
-        if has_ended:
-            self._release_adapter(sequence)
-        else:
+        sequence = self.scheduler.find(request_id)
+        if sequence is not None:
             self._end(sequence)
         message = "the model's output for this request is not a number; its adapter's weights may be too large"
-        self._fail(sequence.request_id, Internal(message, reason="NON_FINITE_OUTPUT"))
+        self._fail(request_id, Internal(message, reason="NON_FINITE_OUTPUT"))
 
     def _end(self, sequence: Sequence) -> None:
         """Free everything a sequence holds."""
@@ -252,7 +293,3 @@ def _output(sequence: Sequence, token: SampledToken, reason: FinishReason | None
         reason,
         sequence.queue_seconds if sequence.num_generated == 1 else None,
     )
-
-
-def _is_due(sequence: Sequence) -> bool:
-    return sequence.deadline is not None and time.time() >= sequence.deadline

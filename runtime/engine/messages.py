@@ -144,7 +144,11 @@ class PromptScored:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters (monotonic) and gauges of the engine, sent with outputs."""
+    """Counters (monotonic) and gauges of the engine, sent with outputs.
+
+    `iteration_tokens` are those that this step computed. `estimated_wait_seconds` is how long a request that came now
+    would wait for its first step, by the pace of the last seconds; 0 if none waits.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -156,6 +160,8 @@ class EngineStats:
     adapters_resident: int = 0
     adapter_device_bytes: int = 0
     adapter_host_bytes: int = 0
+    iteration_tokens: int = 0
+    estimated_wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

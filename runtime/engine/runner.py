@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,9 +12,21 @@ from runtime.adapters.device_pages import DevicePages
 from runtime.adapters.lora_plan import BASE_SLOT, LoraPlan
 from runtime.engine.batch import Batch, Chunk
 from runtime.engine.kv_cache import make_caches
-from runtime.engine.messages import RequestId
+from runtime.engine.messages import RequestId, TokenScore
+from runtime.engine.token_scores import score_tokens
 from runtime.models.deepseek.attention_batch import AttentionBatch, PrefillSpan
 from runtime.models.deepseek.model import DeepseekModel
+
+# Logits of more prompt tokens than this are never in memory at once.
+MAX_SCORED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Logits [sampling chunks, vocabulary] float32 in the batch's order, and the prompt scores that were asked for."""
+
+    logits: Tensor
+    prompt_scores: dict[RequestId, list[TokenScore]]
 
 
 class Runner:
@@ -35,27 +48,45 @@ class Runner:
         self.observe_logits: Callable[[list[RequestId], Tensor], None] | None = None
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Tensor:
-        """Compute a batch; returns logits [sampling chunks, vocabulary] in float32, in the batch's order."""
-        last_rows = []
-        stop = 0
-        for chunk in batch.chunks:
-            stop += len(chunk.token_ids)
-            if chunk.samples:
-                last_rows.append(stop - 1)
-        logits = self.logits_of_rows(batch, last_rows)
+    def run(self, batch: Batch) -> StepResult:
+        """Compute a batch: the logits after its sampling chunks, and the scores of its prompt targets."""
+        last_rows = [stop - 1 for chunk, _, stop in _spans(batch) if chunk.samples]
+        hidden_TH, lora = self._hidden(batch)
+        logits = self._logits(hidden_TH, last_rows, lora)
         if self.observe_logits is not None:
             self.observe_logits([chunk.request_id for chunk in batch.chunks if chunk.samples], logits)
-        return logits
+        return StepResult(logits, self._prompt_scores(batch, hidden_TH, lora))
 
     @torch.inference_mode()
     def logits_of_rows(self, batch: Batch, rows: list[int]) -> Tensor:
-        """The same with logits of any token rows of the batch."""
+        """Compute a batch; returns logits [rows, vocabulary] in float32 of any of its token rows, ascending."""
+        hidden_TH, lora = self._hidden(batch)
+        return self._logits(hidden_TH, rows, lora)
+
+    def _hidden(self, batch: Batch) -> tuple[Tensor, LoraPlan | None]:
         lora = self._lora_plan(batch)
         token_ids_T = self._index([token for chunk in batch.chunks for token in chunk.token_ids])
-        hidden_TH = self.model(token_ids_T, self.caches, self._attention_batch(batch), lora)
+        return self.model(token_ids_T, self.caches, self._attention_batch(batch), lora), lora
+
+    def _logits(self, hidden_TH: Tensor, rows: list[int], lora: LoraPlan | None) -> Tensor:
         rows_B = self._index(rows)
         return self.model.logits(hidden_TH[rows_B], rows_B, lora)
+
+    def _prompt_scores(
+        self, batch: Batch, hidden_TH: Tensor, lora: LoraPlan | None
+    ) -> dict[RequestId, list[TokenScore]]:
+        """Scores of each chunk's targets, from logits of at most MAX_SCORED_ROWS tokens at a time."""
+        scores: dict[RequestId, list[TokenScore]] = {}
+        for chunk, start, _ in _spans(batch):
+            if chunk.targets is None:
+                continue
+            first, ids = start + chunk.targets.first_row, chunk.targets.token_ids
+            scores[chunk.request_id] = []
+            for done in range(0, len(ids), MAX_SCORED_ROWS):
+                part = ids[done : done + MAX_SCORED_ROWS]
+                logits = self._logits(hidden_TH, list(range(first + done, first + done + len(part))), lora)
+                scores[chunk.request_id] += score_tokens(logits, part, [chunk.targets.num_top_tokens] * len(part))
+        return scores
 
     def _lora_plan(self, batch: Batch) -> LoraPlan | None:
         """None for a batch of the base alone: it takes the path of a server without adapters."""
@@ -106,3 +137,12 @@ class Runner:
 
     def _index(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _spans(batch: Batch) -> Iterator[tuple[Chunk, int, int]]:
+    """Each chunk with its first token row of the batch and the row after its last."""
+    start = 0
+    for chunk in batch.chunks:
+        stop = start + len(chunk.token_ids)
+        yield chunk, start, stop
+        start = stop

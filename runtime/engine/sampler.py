@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy or sampled, with temperature, top-k and top-p applied in that order."""
+"""From logits to tokens: each row is changed as its request asks, then the largest is taken, or one is drawn."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from runtime.engine.logits_filters import filter_for_draw, forbid_end_, penalize_length, penalize_repetition
 from runtime.engine.messages import TopToken
 from runtime.engine.sequence import Sequence
+from runtime.engine.token_scores import score_tokens
 
 
 @dataclass(frozen=True)
@@ -26,47 +28,47 @@ class SampledToken:
 
 
 class Sampler:
-    """Draws one token per row. End-of-sequence tokens are masked until `min_new_tokens` are there."""
+    """Picks one token per row. Rows that ask for nothing special share one `argmax`."""
 
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
-        self._eos = sorted(eos_token_ids)
+        self._eos_N = torch.tensor(sorted(eos_token_ids), dtype=torch.int64)
 
     def sample(self, logits_BV: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
-        """Logits [B, vocabulary] float32, row i for `sequences[i]`."""
-        masked_BV = self._mask_early_end(logits_BV, sequences)
-        greedy = masked_BV.argmax(-1).tolist()
-        finite = logits_BV.isfinite().all(-1).tolist()
-        tokens = []
+        """Logits [B, vocabulary] float32, row i for `sequences[i]`; they are left as they are."""
+        # Both extremes carry a NaN on; this is many times faster than asking every element.
+        finite = (logits_BV.amax(-1).isfinite() & logits_BV.amin(-1).isfinite()).tolist()
+        processed_BV = self.process(logits_BV, sequences)
+        token_ids: list[int] = processed_BV.argmax(-1).tolist()
         for row, sequence in enumerate(sequences):
-            token_id = greedy[row]
-            if not finite[row]:
-                tokens.append(SampledToken(token_id, is_finite=False))
-                continue
-            if sequence.generator is not None:
-                token_id = draw(masked_BV[row], sequence)
-            tokens.append(self._describe(logits_BV[row], token_id, sequence))
-        return tokens
+            if sequence.generator is not None and finite[row]:
+                token_ids[row] = draw(processed_BV[row], sequence)
+        tokens = [SampledToken(token_id, is_finite=ok) for token_id, ok in zip(token_ids, finite, strict=True)]
+        return _with_details(tokens, logits_BV, sequences)
 
-    def _mask_early_end(self, logits_BV: Tensor, sequences: list[Sequence]) -> Tensor:
+    def process(self, logits_BV: Tensor, sequences: list[Sequence]) -> Tensor:
+        """Logits as the requests' penalties leave them: the same tensor if there are none, else a changed copy."""
+        changed = [row for row, sequence in enumerate(sequences) if _changes_row(sequence)]
         early = [row for row, item in enumerate(sequences) if item.num_generated < item.params.min_new_tokens]
-        if not early or not self._eos:
+        early = early if len(self._eos_N) else []
+        if not changed and not early:
             return logits_BV
-        masked_BV = logits_BV.clone()
-        masked_BV[torch.tensor(early)[:, None], torch.tensor(self._eos)] = float("-inf")
-        return masked_BV
+        self._eos_N = self._eos_N.to(logits_BV.device)
+        processed_BV = logits_BV.clone()
+        for row in changed:
+            processed_BV[row] = self._processed_row(processed_BV[row], sequences[row])
+        if early:
+            forbid_end_(processed_BV, torch.tensor(early, device=logits_BV.device), self._eos_N)
+        return processed_BV
 
-    def _describe(self, logits_V: Tensor, token_id: int, sequence: Sequence) -> SampledToken:
+    def _processed_row(self, logits_V: Tensor, sequence: Sequence) -> Tensor:
+        """One row [vocabulary] that is the sampler's own, after whatever `_changes_row` asks about."""
         params = sequence.params
-        if not params.logprobs and not params.num_top_tokens:
-            return SampledToken(token_id)
-        logprobs_V = logits_V.log_softmax(-1)
-        chosen = logprobs_V[token_id]
-        top = logprobs_V.topk(params.num_top_tokens) if params.num_top_tokens else None
-        top_tokens = []
-        if top is not None:
-            pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            top_tokens = [TopToken(index, value) for index, value in pairs]
-        return SampledToken(token_id, float(chosen), int((logprobs_V > chosen).sum()) + 1, top_tokens)
+        if params.repetition_penalty != 1:
+            logits_V = penalize_repetition(logits_V, _seen_tokens(logits_V, sequence), params.repetition_penalty)
+        if params.length_penalty_factor != 1 and len(self._eos_N):
+            num_beyond = sequence.num_generated - params.length_penalty_start
+            logits_V = penalize_length(logits_V, self._eos_N, params.length_penalty_factor, num_beyond)
+        return logits_V
 
 
 def draw(logits_V: Tensor, sequence: Sequence) -> int:
@@ -75,23 +77,45 @@ def draw(logits_V: Tensor, sequence: Sequence) -> int:
     The number comes from the sequence's own generator, one per token, so a seed gives the same tokens alone, in any
     batch and after a preemption.
     """
-    params = sequence.params
-    probs_V = filtered_probabilities(logits_V, params.temperature, params.top_k, params.top_p)
+    probs_V = filter_for_draw(logits_V, sequence.params).softmax(-1)
     cumulative_V = probs_V.double().cumsum(-1)
     uniform = torch.rand((), generator=sequence.generator, dtype=torch.float64)
     target = uniform.to(cumulative_V.device) * cumulative_V[-1]
     return int(torch.searchsorted(cumulative_V, target, right=True).clamp(max=len(probs_V) - 1))
 
 
-def filtered_probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Probabilities [vocabulary] after temperature, then top-k, then top-p, as transformers' warpers define them."""
-    scaled_V = logits_V / temperature
-    if 0 < top_k < len(scaled_V):
-        smallest_kept = scaled_V.topk(top_k).values[-1]
-        scaled_V = scaled_V.masked_fill(scaled_V < smallest_kept, float("-inf"))
-    if top_p < 1.0:
-        ascending, order = scaled_V.sort()
-        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        dropped[-1] = False
-        scaled_V = scaled_V.masked_fill(torch.zeros_like(dropped).scatter(0, order, dropped), float("-inf"))
-    return scaled_V.softmax(-1)
+def _changes_row(sequence: Sequence) -> bool:
+    """Whether anything but `min_new_tokens` changes its logits before the pick."""
+    params = sequence.params
+    return params.repetition_penalty != 1 or params.length_penalty_factor != 1
+
+
+def _seen_tokens(logits_V: Tensor, sequence: Sequence) -> Tensor:
+    """Bool [V] of the tokens in prompt and output; only tokens that are new since the last call are added."""
+    if sequence.seen_V is None:
+        sequence.seen_V = torch.zeros_like(logits_V, dtype=torch.bool)
+    new_ids = sequence.token_ids[sequence.num_seen :]
+    sequence.seen_V[torch.tensor(new_ids, dtype=torch.int64, device=logits_V.device)] = True
+    sequence.num_seen = len(sequence.token_ids)
+    return sequence.seen_V
+
+
+def _with_details(tokens: list[SampledToken], logits_BV: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+    """Add log-probabilities, ranks and alternatives to the tokens whose requests ask for them."""
+    wanted = [
+        row
+        for row, (token, sequence) in enumerate(zip(tokens, sequences, strict=True))
+        if token.is_finite and (sequence.params.logprobs or sequence.params.num_top_tokens)
+    ]
+    if not wanted:
+        return tokens
+    if len(wanted) < len(tokens):
+        logits_BV = logits_BV.index_select(0, torch.tensor(wanted, device=logits_BV.device))
+    scores = score_tokens(
+        logits_BV,
+        [tokens[row].token_id for row in wanted],
+        [sequences[row].params.num_top_tokens for row in wanted],
+    )
+    for row, score in zip(wanted, scores, strict=True):
+        tokens[row] = SampledToken(tokens[row].token_id, score.logprob, score.rank, score.top_tokens)
+    return tokens

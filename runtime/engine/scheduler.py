@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from runtime.engine.batch import Batch, Chunk
+from runtime.engine.admission_pace import AdmissionPace
+from runtime.engine.batch import Batch, Chunk, PromptTargets
 from runtime.engine.kv_cache import BlockPool
 from runtime.engine.messages import FinishReason, RequestId
 from runtime.engine.sequence import Sequence
@@ -24,7 +25,10 @@ class SchedulerLimits:
 
 
 class Scheduler:
-    """Owns the sequences and their blocks. A sequence is in `waiting` or in `running`, which holds blocks."""
+    """Owns the sequences and their blocks. A sequence is in `waiting` or in `running`, which holds blocks.
+
+    A paused sequence stays where it is and is passed over. It keeps its blocks until others need them.
+    """
 
     def __init__(self, limits: SchedulerLimits, blocks: BlockPool) -> None:
         self.limits = limits
@@ -32,57 +36,103 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self._by_id: dict[RequestId, Sequence] = {}
+        self._awaiting: dict[RequestId, Sequence] = {}
+        self._paused: dict[RequestId, Sequence] = {}
+        self._pace = AdmissionPace()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         self.waiting.append(sequence)
+        self._by_id[sequence.request_id] = sequence
+        if sequence.awaits_adapter:
+            self._awaiting[sequence.request_id] = sequence
 
     def sequences(self) -> list[Sequence]:
         """Every sequence, running ones first."""
         return [*self.running, *self.waiting]
 
+    def find(self, request_id: RequestId) -> Sequence | None:
+        """The sequence of a request, if it has not ended."""
+        return self._by_id.get(request_id)
+
+    def pause(self, sequence: Sequence, *, paused: bool) -> None:
+        """Keep a sequence out of the coming batches, or let it go on."""
+        sequence.paused = paused
+        if paused:
+            self._paused[sequence.request_id] = sequence
+        else:
+            self._paused.pop(sequence.request_id, None)
+
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out wherever it is and free its blocks."""
-        if sequence in self.running:
+        if sequence.blocks:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
         self.blocks.free(sequence.blocks)
+        del self._by_id[sequence.request_id]
+        self._awaiting.pop(sequence.request_id, None)
+        self._paused.pop(sequence.request_id, None)
+
+    def settle_awaiting(self) -> list[Sequence]:
+        """The sequences whose adapter's load has failed; call it when adapters may have changed."""
+        lost = [sequence for sequence in self._awaiting.values() if sequence.lost_adapter]
+        self._awaiting = {key: sequence for key, sequence in self._awaiting.items() if sequence.awaits_adapter}
+        return lost
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a sequence has begun and is not paused."""
+        return any(not sequence.paused for sequence in self.running)
 
     def can_run(self) -> bool:
         """Whether a step would compute anything."""
-        return bool(self.running) or any(not sequence.awaits_adapter for sequence in self.waiting)
+        return self.is_running or any(not sequence.is_held for sequence in self.waiting)
+
+    def estimated_wait_seconds(self) -> float:
+        """How long a request that came now would wait for its first step; 0 if none waits."""
+        return self._pace.wait_seconds(time.monotonic(), self._num_ready())
 
     def schedule(self) -> Batch | None:
         """The next batch, ordered by adapter; None if nothing can run."""
         budget = self.limits.max_batch_tokens
         chunks = []
-        for sequence in list(self.running):
+        # Resumed sequences may be more than there are seats: the youngest wait.
+        active = [sequence for sequence in self.running if not sequence.paused][: self.limits.max_batch_size]
+        for sequence in active:
             if sequence.num_pending == 1 and budget and self._grow(sequence):
                 chunks.append(self._chunk(sequence, 1))
                 budget -= 1
-        for sequence in self.running:
-            if sequence.num_pending > 1 and budget:
+        for sequence in active:
+            if sequence.blocks and sequence.num_pending > 1 and budget:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= len(chunks[-1].token_ids)
-        for sequence in self._admit(budget):
+        admitted = self._admit(budget)
+        for sequence in admitted:
             chunks.append(self._chunk(sequence, budget))
             budget -= len(chunks[-1].token_ids)
+        self._pace.update(time.monotonic(), len(admitted), self._num_ready())
         if not chunks:
             return None
         return Batch(sorted(chunks, key=lambda chunk: chunk.slot))
+
+    def sampling_sequences(self, batch: Batch) -> list[Sequence]:
+        """The sequences that a batch gives a token, in its order."""
+        return [self._by_id[chunk.request_id] for chunk in batch.chunks if chunk.samples]
 
     def update(self, batch: Batch, token_ids: Items[int]) -> list[tuple[Sequence, FinishReason | None]]:
         """Account for a batch that ran: `token_ids` are the new tokens of its sampling chunks, in order.
 
         Returns each sequence that got a token, with the reason if that ended it; ended ones are removed.
         """
-        by_id = {sequence.request_id: sequence for sequence in self.running}
         tokens = iter(token_ids)
         outcome = []
         for chunk in batch.chunks:
-            sequence = by_id[chunk.request_id]
+            sequence = self._by_id[chunk.request_id]
             sequence.num_computed += len(chunk.token_ids)
+            if chunk.targets is not None:
+                sequence.next_to_score += len(chunk.targets.token_ids)
             if not chunk.samples:
                 continue
             sequence.token_ids.append(next(tokens))
@@ -92,23 +142,28 @@ class Scheduler:
             outcome.append((sequence, reason))
         return outcome
 
-    def find(self, request_id: RequestId) -> Sequence | None:
-        """The sequence of a request, if it has not ended."""
-        return next((sequence for sequence in self.sequences() if sequence.request_id == request_id), None)
+    def _num_ready(self) -> int:
+        """Waiting sequences that are not held, in constant time; exact after `settle_awaiting`."""
+        paused = sum(not sequence.blocks and not sequence.awaits_adapter for sequence in self._paused.values())
+        return len(self.waiting) - len(self._awaiting) - paused
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Make room for one more token, preempting the youngest sequences if need be; False: itself preempted."""
-        if sequence not in self.running:
-            return False  # an older sequence has just taken its blocks
+        """Make room for one more token, preempting others if need be; False: itself preempted."""
+        if not sequence.blocks:
+            return False  # an older sequence has just taken them
         while len(sequence.blocks) * self.blocks.block_tokens < len(sequence.token_ids):
             if self.blocks.can_allocate(1):
                 sequence.blocks += self.blocks.allocate(1)
                 continue
-            victim = self.running[-1]
+            victim = self._victim()
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
+
+    def _victim(self) -> Sequence:
+        """Who gives up its blocks first: the youngest paused sequence, else the youngest."""
+        return next((sequence for sequence in reversed(self.running) if sequence.paused), self.running[-1])
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the queue; its tokens are kept and recomputed later."""
@@ -122,16 +177,17 @@ class Scheduler:
         """Move sequences from waiting to running while tokens, seats and blocks last.
 
         A sequence gets the blocks of all its tokens at once, so that half-computed prompts cannot block each other.
-        One whose adapter is loading is passed over; one that lacks blocks is not, or it would never run.
+        One that is held is passed over; one that lacks blocks is not, or it would never run.
         """
         admitted: list[Sequence] = []
+        seats = self.limits.max_batch_size - sum(not sequence.paused for sequence in self.running)
         for sequence in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self.limits.max_batch_size:
+            if budget <= 0 or len(admitted) >= seats:
                 break
-            if sequence.awaits_adapter:
+            if sequence.is_held:
                 continue
             needed = self.blocks.blocks_for(len(sequence.token_ids))
-            if not self.blocks.can_allocate(needed):
+            if not self._make_room(needed):
                 break
             self.waiting.remove(sequence)
             sequence.blocks += self.blocks.allocate(needed)
@@ -142,6 +198,17 @@ class Scheduler:
             budget -= sequence.num_pending
         return admitted
 
+    def _make_room(self, num_blocks: int) -> bool:
+        """Whether so many blocks are free, if need be after paused sequences gave up theirs, youngest first."""
+        if self.blocks.can_allocate(num_blocks):
+            return True
+        paused = [sequence for sequence in self.running if sequence.paused]
+        if num_blocks > self.blocks.num_free + sum(len(sequence.blocks) for sequence in paused):
+            return False
+        while not self.blocks.can_allocate(num_blocks):
+            self._preempt(paused.pop())
+        return True
+
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         stop = min(sequence.num_computed + budget, len(sequence.token_ids))
         return Chunk(
@@ -151,6 +218,7 @@ class Scheduler:
             blocks=list(sequence.blocks),
             slot=sequence.slot,
             samples=stop == len(sequence.token_ids),
+            targets=_targets(sequence, stop) if sequence.params.score_prompt else None,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
@@ -161,3 +229,12 @@ class Scheduler:
         if len(sequence.token_ids) >= self.limits.max_model_len:
             return FinishReason.CONTEXT_FULL
         return None
+
+
+def _targets(sequence: Sequence, stop: int) -> PromptTargets | None:
+    """The prompt tokens that a chunk up to `stop` is the first to predict, though perhaps not the first to compute."""
+    first = sequence.next_to_score
+    token_ids = sequence.token_ids[first : min(stop + 1, sequence.num_prompt_tokens)]
+    if not token_ids:
+        return None
+    return PromptTargets(first - 1 - sequence.num_computed, token_ids, sequence.params.num_top_tokens)

@@ -18,7 +18,8 @@ from runtime.engine.sampling_params import SamplingParams
 class Sequence:
     """`token_ids` holds the prompt and what was generated; the first `num_computed` of them are in the cache.
 
-    `queue_seconds` is the time it waited before it ran for the first time.
+    `queue_seconds` is the time it waited before it ran for the first time. `next_to_score` is the first prompt token
+    without a score, for requests that ask for them. `seen_V` marks the first `num_seen` tokens, for the sampler.
     """
 
     request_id: RequestId
@@ -32,6 +33,10 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
     queue_seconds: float | None = None
+    paused: bool = False
+    next_to_score: int = 1
+    seen_V: torch.Tensor | None = None
+    num_seen: int = 0
 
     @classmethod
     def from_request(cls, request: AddRequest, adapter: AdapterRecord | None) -> Sequence:
@@ -73,3 +78,8 @@ class Sequence:
     def lost_adapter(self) -> bool:
         """Whether the load that it waited for failed."""
         return self.adapter is not None and self.adapter.state is AdapterState.FAILED
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it must not run now: it is paused, or its adapter is being loaded."""
+        return self.paused or self.awaits_adapter

@@ -84,7 +84,7 @@ def test_the_whole_context_of_163840_tokens_can_be_served(record_number: RecordN
     record_number("longest sequence that is taken", engine.ready.max_model_len, at_least=163_840)
     blocks = engine.scheduler.blocks.allocate(engine.scheduler.blocks.blocks_for(163_840))
     chunk = Chunk(RequestId(1), _prompt(8), 163_840 - 8, blocks, -1, samples=True)
-    logits = engine.runner.run(Batch([chunk]))
+    logits = engine.runner.run(Batch([chunk])).logits
     engine.close()
     assert logits.shape == (1, engine.ready.vocab_size) and logits.isfinite().all()
 

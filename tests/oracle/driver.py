@@ -25,9 +25,13 @@ from runtime.engine.messages import (
     FinishReason,
     ListAdapters,
     LoadAdapter,
+    PauseRequest,
+    PromptScored,
     RequestFailed,
     RequestId,
+    SequenceOutput,
     StepOutputs,
+    TokenScore,
     UnloadAdapter,
 )
 from runtime.engine.sampling_params import SamplingParams
@@ -37,9 +41,14 @@ CALL_TIMEOUT_SECONDS = 60.0
 
 @dataclass
 class Outcome:
-    """All that is known of one request: its tokens, the logits each was chosen from [vocab], and how it ended."""
+    """All that is known of one request: its tokens, the logits each was chosen from [vocab], and how it ended.
+
+    `outputs` are those that came with a token; `prompt_scores` begin with the prompt's second token.
+    """
 
     tokens: list[int] = field(default_factory=list)
+    outputs: list[SequenceOutput] = field(default_factory=list)
+    prompt_scores: list[TokenScore] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     failure: RequestFailed | None = None
@@ -68,19 +77,25 @@ class Driver:
         adapter: str | None = None,
         max_new_tokens: int = 16,
         min_new_tokens: int | None = None,
+        params: SamplingParams | None = None,
+        deadline: float | None = None,
     ) -> RequestId:
-        """Submit a greedy request; it ends after exactly `max_new_tokens` unless told otherwise."""
+        """Submit a request: with `params`, or a greedy one that ends after exactly `max_new_tokens` unless told."""
         request_id = RequestId(next(self._ids))
         self.outcomes[request_id] = Outcome()
         least = max_new_tokens if min_new_tokens is None else min_new_tokens
-        params = SamplingParams(max_new_tokens=max_new_tokens, min_new_tokens=least)
-        self.engine.submit(AddRequest(request_id, list(prompt_ids), params, adapter))
+        params = params or SamplingParams(max_new_tokens=max_new_tokens, min_new_tokens=least)
+        self.engine.submit(AddRequest(request_id, list(prompt_ids), params, adapter, deadline))
         return request_id
 
     def cancel(self, request_id: RequestId) -> None:
         """Ask for the end of a request; nothing more is expected of it."""
         self.engine.submit(CancelRequest(request_id))
         self.outcomes[request_id].finish_reason = FinishReason.CANCELLED
+
+    def pause(self, request_id: RequestId, *, paused: bool) -> None:
+        """Ask for a request to be kept out of the coming steps, or to go on."""
+        self.engine.submit(PauseRequest(request_id, paused))
 
     def start_load(self, name: str, path: Path) -> CallId:
         """Ask for an adapter without waiting."""
@@ -156,7 +171,12 @@ class Driver:
                     outcome = self.outcomes[output.request_id]
                     if output.token_id >= 0:
                         outcome.tokens.append(output.token_id)
+                        outcome.outputs.append(output)
                     outcome.finish_reason = output.finish_reason or outcome.finish_reason
+            case PromptScored(request_id=request_id, scores=scores):
+                if self.outcomes[request_id].outputs:
+                    raise AssertionError(f"request {request_id}: prompt scores after the first token")
+                self.outcomes[request_id].prompt_scores += scores
             case RequestFailed(request_id=request_id):
                 self.outcomes[request_id].failure = event
             case AdapterReply(call_id=call_id) | CallFailed(call_id=call_id):
