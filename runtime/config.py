@@ -25,6 +25,8 @@ class EngineConfig:
     adapter_memory_gib: float = 1.0
     max_adapters: int = 64
     max_lora_rank: int = 128
+    guide_cache_entries: int = 64
+    guide_compile_seconds: float = 2.0
 
     def validate(self) -> None:
         """Raise ValueError naming the field, its value and the allowed range."""
@@ -45,6 +47,10 @@ class EngineConfig:
         _require(self.adapter_memory_gib > 0, "adapter_memory_gib", self.adapter_memory_gib, "> 0")
         _require(1 <= self.max_adapters <= 10_000, "max_adapters", self.max_adapters, "1..10000")
         _require(1 <= self.max_lora_rank <= 512, "max_lora_rank", self.max_lora_rank, "1..512")
+        _require(1 <= self.guide_cache_entries <= 10_000, "guide_cache_entries", self.guide_cache_entries, "1..10000")
+        _require(
+            0.05 <= self.guide_compile_seconds <= 60, "guide_compile_seconds", self.guide_compile_seconds, "0.05..60"
+        )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtime.engine.messages import RequestId
 
@@ -43,3 +43,8 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    def sampling_only(self, request_ids: set[RequestId]) -> Batch:
+        """The same batch in which only these requests sample."""
+        chunks = [replace(chunk, samples=chunk.samples and chunk.request_id in request_ids) for chunk in self.chunks]
+        return Batch(chunks)

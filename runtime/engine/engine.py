@@ -9,6 +9,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+import torch
+from torch import Tensor
+
 from runtime.adapters.info import AdapterInfo
 from runtime.adapters.registry import AdapterRecord
 from runtime.config import EngineConfig
@@ -54,6 +57,7 @@ class Engine:
         self.scheduler = parts.scheduler
         self.runner = parts.runner
         self.adapters = parts.adapters
+        self.guides = parts.guides
         self.sampler = parts.sampler
         self._events: list[Event] = []
         self._num_steps = 0
@@ -69,12 +73,14 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether `step` would do anything now."""
-        if self.scheduler.can_run() or not self._inbox.empty() or self.adapters.is_installing:
+        if self.scheduler.can_run() or not self._inbox.empty():
+            return True
+        if self.adapters.is_installing or self.guides.has_news:
             return True
         return time.time() >= self._next_deadline
 
     def wait_for_work(self, timeout_seconds: float) -> bool:
-        """Sleep while there is nothing to do, until a command, a loaded file or a deadline, or the time is over."""
+        """Sleep until there is something to do (a command, a loaded file, a guide, a deadline) or the time is over."""
         if self.has_work():
             return True
         self._wake.wait(max(0.0, min(timeout_seconds, self._next_deadline - time.time())))
@@ -82,23 +88,27 @@ class Engine:
         return self.has_work()
 
     def step(self) -> list[Event]:
-        """One step: take commands, let loaded adapters in, pick a batch, run it, account for its tokens."""
+        """One step: take commands, let in loaded adapters and guides, pick a batch, run it, account for its tokens."""
         self._iteration_tokens = 0
         self._drain_inbox()
         self.adapters.advance(whole=not self.scheduler.is_running)
+        self.guides.take_answers()
         self._end_lost()
         self._end_overdue()
         batch = self.scheduler.schedule()
         if batch is not None:
             result = self.runner.run(batch)
-            tokens = self.sampler.sample(result.logits, self.scheduler.sampling_sequences(batch))
+            self.guides.settle()
+            batch, logits = self._leave_out_unready(batch, result.logits)
+            tokens = self.sampler.sample(logits, self.scheduler.sampling_sequences(batch))
             self._finish_step(batch, result, tokens)
         events, self._events = self._events, []
         return events
 
     def close(self) -> None:
-        """Stop the threads of the engine."""
+        """Stop the threads and processes of the engine."""
         self.adapters.close()
+        self.guides.shut_down()
 
     def stats(self) -> EngineStats:
         """Counters and gauges of this moment."""
@@ -154,7 +164,9 @@ class Engine:
             self._fail(request.request_id, error)
             return
         self._num_prompt_tokens += len(request.prompt_ids)
-        self.scheduler.add(Sequence.from_request(request, adapter))
+        spec = request.params.guide
+        guide = self.guides.open(request.request_id, spec) if spec is not None else None
+        self.scheduler.add(Sequence.from_request(request, adapter, guide))
         if request.deadline is not None:
             self._next_deadline = min(self._next_deadline, request.deadline)
 
@@ -210,11 +222,16 @@ class Engine:
         return reply
 
     def _end_lost(self) -> None:
-        """End the requests that waited for an adapter whose load failed."""
+        """End the requests that waited for an adapter whose load failed, and those whose guide cannot be followed."""
         for sequence in self.scheduler.settle_awaiting():
             self._end(sequence)
             message = "the adapter that this request waited for could not be loaded"
             self._fail(sequence.request_id, NotFound(message, reason="ADAPTER_NOT_FOUND", field="adapter_id"))
+        for guide in self.guides.take_failed():
+            guided = self.scheduler.find(guide.request_id)
+            if guided is not None and guide.error is not None:
+                self._end(guided)
+                self._fail(guide.request_id, guide.error)
 
     def _end_overdue(self) -> None:
         """End the requests whose deadline has passed; all are looked through only when the next one is due."""
@@ -234,19 +251,32 @@ class Engine:
         if outputs:
             self._events.append(StepOutputs(outputs, self.stats()))
 
+    def _leave_out_unready(self, batch: Batch, logits_BV: Tensor) -> tuple[Batch, Tensor]:
+        """The batch and its logits without the rows whose guide is late: they give no token, and are computed again."""
+        sequences = self.scheduler.sampling_sequences(batch)
+        ready = [row for row, item in enumerate(sequences) if item.guide is None or item.guide.is_ready]
+        if len(ready) == len(sequences):
+            return batch, logits_BV
+        kept = {sequences[row].request_id for row in ready}
+        return batch.sampling_only(kept), logits_BV[torch.tensor(ready, dtype=torch.int64, device=logits_BV.device)]
+
     def _finish_step(self, batch: Batch, result: StepResult, tokens: list[SampledToken]) -> None:
         self._num_steps += 1
         self._iteration_tokens = batch.num_tokens
         outcome = self.scheduler.update(batch, [token.token_id for token in tokens])
         not_numbers = self._tell_prompt_scores(result.prompt_scores)
         outputs = []
+        guided = []
         for (sequence, reason), token in zip(outcome, tokens, strict=True):
             if reason is not None:
-                self._release_adapter(sequence)
+                self._release(sequence)
             if not token.is_finite:
                 not_numbers.add(sequence.request_id)
             elif sequence.request_id not in not_numbers:
                 outputs.append(_output(sequence, token, reason))
+                if sequence.guide is not None and reason is None:
+                    guided.append((sequence.guide, token.token_id))
+        self.guides.accept(guided)
         for request_id in not_numbers:
             self._break_off(request_id)
         self._events.append(StepOutputs(outputs, self.stats()))
@@ -272,11 +302,14 @@ class Engine:
     def _end(self, sequence: Sequence) -> None:
         """Free everything a sequence holds."""
         self.scheduler.remove(sequence)
-        self._release_adapter(sequence)
+        self._release(sequence)
 
-    def _release_adapter(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
+        """Give back what a sequence holds beside its blocks."""
         if sequence.adapter is not None:
             self.adapters.release(sequence.adapter)
+        if sequence.guide is not None:
+            self.guides.close(sequence.guide)
 
     def _fail(self, request_id: RequestId, error: GraftError) -> None:
         kind: ErrorKind = error.kind

@@ -63,6 +63,8 @@ class Sampler:
     def _processed_row(self, logits_V: Tensor, sequence: Sequence) -> Tensor:
         """One row [vocabulary] that is the sampler's own, after whatever `_changes_row` asks about."""
         params = sequence.params
+        if sequence.guide is not None:
+            sequence.guide.mask_(logits_V)
         if params.repetition_penalty != 1:
             logits_V = penalize_repetition(logits_V, _seen_tokens(logits_V, sequence), params.repetition_penalty)
         if params.length_penalty_factor != 1 and len(self._eos_N):
@@ -87,7 +89,7 @@ def draw(logits_V: Tensor, sequence: Sequence) -> int:
 def _changes_row(sequence: Sequence) -> bool:
     """Whether anything but `min_new_tokens` changes its logits before the pick."""
     params = sequence.params
-    return params.repetition_penalty != 1 or params.length_penalty_factor != 1
+    return sequence.guide is not None or params.repetition_penalty != 1 or params.length_penalty_factor != 1
 
 
 def _seen_tokens(logits_V: Tensor, sequence: Sequence) -> Tensor:

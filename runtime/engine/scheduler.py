@@ -45,7 +45,7 @@ class Scheduler:
         """Queue a new sequence."""
         self.waiting.append(sequence)
         self._by_id[sequence.request_id] = sequence
-        if sequence.awaits_adapter:
+        if sequence.awaits_parts:
             self._awaiting[sequence.request_id] = sequence
 
     def sequences(self) -> list[Sequence]:
@@ -78,7 +78,7 @@ class Scheduler:
     def settle_awaiting(self) -> list[Sequence]:
         """The sequences whose adapter's load has failed; call it when adapters may have changed."""
         lost = [sequence for sequence in self._awaiting.values() if sequence.lost_adapter]
-        self._awaiting = {key: sequence for key, sequence in self._awaiting.items() if sequence.awaits_adapter}
+        self._awaiting = {key: sequence for key, sequence in self._awaiting.items() if sequence.awaits_parts}
         return lost
 
     @property
@@ -88,7 +88,7 @@ class Scheduler:
 
     def can_run(self) -> bool:
         """Whether a step would compute anything."""
-        return self.is_running or any(not sequence.is_held for sequence in self.waiting)
+        return any(not sequence.is_held for sequence in self.sequences())
 
     def estimated_wait_seconds(self) -> float:
         """How long a request that came now would wait for its first step; 0 if none waits."""
@@ -99,7 +99,7 @@ class Scheduler:
         budget = self.limits.max_batch_tokens
         chunks = []
         # Resumed sequences may be more than there are seats: the youngest wait.
-        active = [sequence for sequence in self.running if not sequence.paused][: self.limits.max_batch_size]
+        active = [sequence for sequence in self.running if not sequence.is_held][: self.limits.max_batch_size]
         for sequence in active:
             if sequence.num_pending == 1 and budget and self._grow(sequence):
                 chunks.append(self._chunk(sequence, 1))
@@ -124,7 +124,8 @@ class Scheduler:
     def update(self, batch: Batch, token_ids: Items[int]) -> list[tuple[Sequence, FinishReason | None]]:
         """Account for a batch that ran: `token_ids` are the new tokens of its sampling chunks, in order.
 
-        Returns each sequence that got a token, with the reason if that ended it; ended ones are removed.
+        Returns each sequence that got a token, with the reason if that ended it; ended ones are removed. A chunk that
+        reached the last token but does not sample leaves it to be computed again.
         """
         tokens = iter(token_ids)
         outcome = []
@@ -134,6 +135,7 @@ class Scheduler:
             if chunk.targets is not None:
                 sequence.next_to_score += len(chunk.targets.token_ids)
             if not chunk.samples:
+                sequence.num_computed = min(sequence.num_computed, len(sequence.token_ids) - 1)
                 continue
             sequence.token_ids.append(next(tokens))
             reason = self._finish_reason(sequence)
@@ -144,7 +146,7 @@ class Scheduler:
 
     def _num_ready(self) -> int:
         """Waiting sequences that are not held, in constant time; exact after `settle_awaiting`."""
-        paused = sum(not sequence.blocks and not sequence.awaits_adapter for sequence in self._paused.values())
+        paused = sum(not sequence.blocks and not sequence.awaits_parts for sequence in self._paused.values())
         return len(self.waiting) - len(self._awaiting) - paused
 
     def _grow(self, sequence: Sequence) -> bool:

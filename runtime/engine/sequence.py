@@ -10,6 +10,7 @@ import torch
 from runtime.adapters.info import AdapterState
 from runtime.adapters.lora_plan import BASE_SLOT
 from runtime.adapters.registry import AdapterRecord
+from runtime.engine.guides.guide import Guide
 from runtime.engine.messages import AddRequest, RequestId
 from runtime.engine.sampling_params import SamplingParams
 
@@ -37,9 +38,12 @@ class Sequence:
     next_to_score: int = 1
     seen_V: torch.Tensor | None = None
     num_seen: int = 0
+    guide: Guide | None = None
 
     @classmethod
-    def from_request(cls, request: AddRequest, adapter: AdapterRecord | None) -> Sequence:
+    def from_request(
+        cls, request: AddRequest, adapter: AdapterRecord | None, guide: Guide | None = None
+    ) -> Sequence:
         """A sequence at its start; sampling draws from its own generator, so neighbours cannot change it."""
         generator = None
         if request.params.temperature > 0:
@@ -52,6 +56,7 @@ class Sequence:
             adapter=adapter,
             deadline=request.deadline,
             generator=generator,
+            guide=guide,
         )
 
     @property
@@ -80,6 +85,11 @@ class Sequence:
         return self.adapter is not None and self.adapter.state is AdapterState.FAILED
 
     @property
+    def awaits_parts(self) -> bool:
+        """Whether its adapter is still being loaded, or its guide compiled or about to say what may come next."""
+        return self.awaits_adapter or (self.guide is not None and not self.guide.is_due)
+
+    @property
     def is_held(self) -> bool:
-        """Whether it must not run now: it is paused, or its adapter is being loaded."""
-        return self.paused or self.awaits_adapter
+        """Whether it must not run now: it is paused, or awaits its adapter or its guide."""
+        return self.paused or self.awaits_parts

@@ -11,6 +11,7 @@ from runtime.adapters.lora_plan import BASE_SLOT
 from runtime.adapters.store import AdapterStore, StoreLimits
 from runtime.config import EngineConfig
 from runtime.engine.batch import Batch, Chunk
+from runtime.engine.guides.store import GuideStore, make_setup
 from runtime.engine.kv_cache import BlockPool
 from runtime.engine.messages import EngineReady, RequestId
 from runtime.engine.runner import Runner
@@ -33,6 +34,7 @@ class EngineParts:
     scheduler: Scheduler
     runner: Runner
     adapters: AdapterStore
+    guides: GuideStore
     sampler: Sampler
 
 
@@ -55,6 +57,16 @@ def start(
     scheduler_limits = SchedulerLimits(config.max_batch_tokens, config.max_batch_size, max_model_len, eos)
     scheduler = Scheduler(scheduler_limits, BlockPool(num_blocks, config.kv_block_tokens))
     runner.run(Batch([Chunk(RequestId(0), [0], 0, [0], BASE_SLOT, samples=True)]))
+    guides = GuideStore(
+        make_setup(
+            str(config.model_path / "tokenizer.json"),
+            model_config.vocab_size,
+            eos,
+            cache_entries=config.guide_cache_entries,
+            compile_seconds=config.guide_compile_seconds,
+        ),
+        wake,
+    )
     ready = EngineReady(
         model_kind=model_config.model_type,
         max_model_len=max_model_len,
@@ -63,7 +75,7 @@ def start(
         kv_cache_tokens=num_blocks * config.kv_block_tokens,
         adapter_bytes_limit=limits.max_device_bytes,
     )
-    return EngineParts(ready, scheduler, runner, adapters, Sampler(eos))
+    return EngineParts(ready, scheduler, runner, adapters, guides, Sampler(eos))
 
 
 def cache_size(config: EngineConfig, model: DeepseekConfig) -> tuple[int, int]:

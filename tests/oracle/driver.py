@@ -132,9 +132,9 @@ class Driver:
         for event in self.engine.step():
             self._take(event)
 
-    def run(self) -> None:
+    def run(self, timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> None:
         """Step until every request has ended."""
-        self._until(lambda: all(outcome.ended for outcome in self.outcomes.values()))
+        self._until(lambda: all(outcome.ended for outcome in self.outcomes.values()), timeout_seconds)
 
     def generate(self, prompt_ids: Sequence[int], *, adapter: str | None = None, max_new_tokens: int = 16) -> Outcome:
         """Run one request to its end, with whatever else is under way."""
@@ -149,11 +149,11 @@ class Driver:
             raise AssertionError(f"{reply.reason}: {reply.message} {reply.problems}")
         return reply
 
-    def _until(self, done: Callable[[], bool]) -> None:
-        limit = time.monotonic() + CALL_TIMEOUT_SECONDS
+    def _until(self, done: Callable[[], bool], timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> None:
+        limit = time.monotonic() + timeout_seconds
         while not done():
             if time.monotonic() > limit:
-                raise TimeoutError(f"the engine did not get there in {CALL_TIMEOUT_SECONDS} s; {self.stats}")
+                raise TimeoutError(f"the engine did not get there in {timeout_seconds} s; {self.stats}")
             self.step()
             if not self.engine.has_work():
                 time.sleep(0.001)
