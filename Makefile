@@ -40,11 +40,18 @@ test: lint types
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.decode_vs_peft
 
-## make lint    ruff over the code, buf over the contracts, and whether runtime/pb follows them
-lint: $(STAMP)
+## make lint    ruff over the code, buf over the contracts, and whether runtime/pb and docs/api.md follow them
+lint: $(STAMP) proto-unbroken
 	$(BIN)/ruff check $(SOURCE)
 	$(BIN)/buf lint proto
 	$(BIN)/python proto/generate.py --check
+	$(BIN)/python proto/reference.py --check
+
+# The contracts against what clients were built with: nothing is taken away or changed, and nothing is added to fmaas.
+.PHONY: proto-unbroken
+proto-unbroken: $(STAMP)
+	$(BIN)/buf breaking proto --against proto/baseline.binpb
+	$(BIN)/buf breaking proto/baseline.binpb --against proto --config proto/frozen.yaml
 
 ## make types   mypy, strict
 types: $(STAMP)
@@ -54,9 +61,17 @@ types: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(SOURCE)
 
-## make proto   generate runtime/pb from proto/
+## make proto   generate runtime/pb and docs/api.md from proto/
 proto: $(STAMP)
 	$(BIN)/python proto/generate.py
+	$(BIN)/python proto/reference.py
+
+# Only for additions to our own protos (graft/), in the change that makes them: from then on they are a promise too.
+# It does not help against a break: what `make lint` refuses is refused here as well.
+## make proto-baseline   renew what the protos are compared with, after an addition to graft/
+.PHONY: proto-baseline
+proto-baseline: proto-unbroken
+	$(BIN)/buf build proto --exclude-source-info --output proto/baseline.binpb
 
 ## make clean   remove what the other targets made
 clean:

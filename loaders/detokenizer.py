@@ -7,6 +7,7 @@ Other vocabularies take the general way: decode a short window twice and give ou
 
 import codecs
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,10 +22,10 @@ class IncrementalDetokenizer:
 
     def __init__(self, tokenizer: "Tokenizer", skip_special: bool = True) -> None:
         """One detokenizer serves one sequence."""
-        backend = tokenizer.backend
+        pieces = tokenizer.byte_pieces
         self._impl: _ByteLevel | _Window
-        if is_byte_level(backend):
-            self._impl = _ByteLevel(backend, skip_special)
+        if pieces is not None:
+            self._impl = _ByteLevel(pieces, skip_special)
         else:
             self._impl = _Window(tokenizer, skip_special)
 
@@ -68,16 +69,47 @@ def token_bytes(token: str) -> bytes:
         return token.encode()
 
 
-class _ByteLevel:
-    def __init__(self, backend: Any, skip_special: bool) -> None:
+class BytePieces:
+    """The bytes of each token of a byte-level vocabulary, looked up once for all sequences."""
+
+    def __init__(self, backend: Any) -> None:
+        """Of a `tokenizers.Tokenizer`."""
         self._backend = backend
+        self._bytes: dict[int, bytes] = {}
+        added = backend.get_added_tokens_decoder().items()
+        self.special_ids = frozenset(token_id for token_id, token in added if token.special)
+        self.characters: dict[int, str] = {}
+        """The text of the tokens met so far that are whole characters."""
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """None at all for ids beyond the vocabulary."""
+        data = self._bytes.get(token_id)
+        if data is None:
+            token = self._backend.id_to_token(token_id)
+            data = b"" if token is None else token_bytes(token)
+            self._bytes[token_id] = data
+            with suppress(UnicodeDecodeError):
+                self.characters[token_id] = data.decode()
+        return data
+
+
+class _ByteLevel:
+    def __init__(self, pieces: BytePieces, skip_special: bool) -> None:
+        self._pieces = pieces
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        added = backend.get_added_tokens_decoder().items() if skip_special else ()
-        self._skipped = frozenset(token_id for token_id, token in added if token.special)
+        self._skipped = pieces.special_ids if skip_special else frozenset()
+        self._is_inside_character = False
 
     def push(self, token_id: int) -> str:
-        token = None if token_id in self._skipped else self._backend.id_to_token(token_id)
-        return "" if token is None else self._decoder.decode(token_bytes(token))
+        if token_id in self._skipped:
+            return ""
+        if not self._is_inside_character:
+            text = self._pieces.characters.get(token_id)
+            if text is not None:
+                return text
+        text = self._decoder.decode(self._pieces.bytes_of(token_id))
+        self._is_inside_character = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)

@@ -1,10 +1,11 @@
 """The model's tokenizer: text to token ids and back, from local files only and without running code from them."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from loaders.config_json import MAX_CONFIG_BYTES, read_eos_token_ids
-from loaders.detokenizer import IncrementalDetokenizer
+from loaders.detokenizer import BytePieces, IncrementalDetokenizer, is_byte_level
 from loaders.errors import CheckpointError
 from loaders.json_file import read_json_object
 
@@ -35,6 +36,11 @@ class Tokenizer:
     def backend(self) -> Any:
         """The `tokenizers.Tokenizer` underneath."""
         return self._hf.backend_tokenizer
+
+    @cached_property
+    def byte_pieces(self) -> BytePieces | None:
+        """What the tokens of a byte-level vocabulary stand for; None for other vocabularies."""
+        return BytePieces(self.backend) if is_byte_level(self.backend) else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with BOS where the model's tokenizer adds it."""

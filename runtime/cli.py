@@ -6,17 +6,20 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from runtime.config import DEVICES, DTYPES, EngineConfig, ServerConfig
 from runtime.env import configure_logging, default_admin, default_server
 from runtime.errors import GraftError
+from runtime.version import version
+
+LENGTHS = "LENGTHS: N, LOW:HIGH (uniform), or lognormal:MEDIAN:SIGMA"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a failure is one sentence on stderr and a status that is not 0."""
-    options = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = build_parser().parse_args(arguments, argparse.Namespace(arguments=list(arguments)))
     try:
         configure_logging()
         command = importlib.import_module(f"runtime.commands.{options.module}")
@@ -36,12 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="graft", description="Serve one DeepSeek MoE base with a routed-expert LoRA adapter per request."
     )
-    parser.add_argument("--version", action="version", version=f"graft {_version()}")
+    parser.add_argument("--version", action="version", version=f"graft {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_generate(commands)
     _add_adapters(commands)
+    _add_server(commands)
     _add_inspect(commands)
+    _add_bench(commands)
     demo = commands.add_parser("demo", help="serve the bundled model and adapters, send requests, print a table")
     demo.set_defaults(module="demo")
     return parser
@@ -61,6 +66,13 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--grpc-port", type=int, default=server.grpc_port, help="generation API; 0 takes any free port")
     add("--admin-port", type=int, default=server.admin_port, help="adapter administration")
     add("--http-port", type=int, default=server.http_port, help="/metrics, /healthz, /readyz, /v1/models")
+    add(
+        "--slow-reader-seconds",
+        type=float,
+        default=server.slow_reader_seconds,
+        metavar="X",
+        help="end a request whose client reads nothing for so long while its output waits",
+    )
     add("--device", choices=DEVICES, default=engine.device, help="where the model runs")
     add("--dtype", choices=DTYPES, default=engine.dtype, help="of weights and activations")
     add(
@@ -85,8 +97,54 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="device memory for adapters",
     )
     add("--max-adapters", type=int, default=engine.max_adapters, metavar="N", help="adapters that are loaded at once")
+    add(
+        "--metrics-max-adapters",
+        type=int,
+        default=server.metrics_max_adapters,
+        metavar="N",
+        help="adapters with request counts of their own in /metrics",
+    )
     add("--max-batch-tokens", type=int, default=engine.max_batch_tokens, metavar="N", help="tokens in one step")
     add("--max-batch-size", type=int, default=engine.max_batch_size, metavar="N", help="sequences in one step")
+    _add_limits(serve)
+    _add_times(serve)
+
+
+def _add_limits(serve: argparse.ArgumentParser) -> None:
+    engine, server = EngineConfig(Path()), ServerConfig(EngineConfig(Path()))
+    serve.add_argument(
+        "--max-waiting-requests",
+        type=int,
+        default=engine.max_waiting_requests,
+        metavar="N",
+        help="requests that may wait for a place; more are refused",
+    )
+    serve.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=server.max_new_tokens_limit,
+        metavar="N",
+        help="the most new tokens that a request may ask for",
+    )
+    serve.add_argument(
+        "--default-max-new-tokens",
+        type=int,
+        default=server.default_max_new_tokens,
+        metavar="N",
+        help="new tokens of a request that does not say how many",
+    )
+
+
+def _add_times(serve: argparse.ArgumentParser) -> None:
+    server = ServerConfig(EngineConfig(Path()))
+    times = (
+        ("--drain-delay", server.drain_delay_seconds, "on SIGTERM, go on answering so long at least"),
+        ("--drain-timeout", server.drain_timeout_seconds, "on SIGTERM, wait for running requests so long at most"),
+        ("--stall-seconds", server.stall_seconds, "call the engine stalled after so long without a step"),
+        ("--max-connection-age", server.max_connection_age_seconds, "renew client connections after so long"),
+    )
+    for flag, default, text in times:
+        serve.add_argument(flag, type=float, default=default, metavar="S", help=f"{text}, in seconds")
 
 
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -115,6 +173,24 @@ def _add_adapters(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         action.add_argument("--admin", default=default_admin(), metavar="H:P", help="admin port (default %(default)s)")
 
 
+def _add_server(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    server = commands.add_parser("server", help="look at a running server, drain it, end requests")
+    server.set_defaults(module="server")
+    actions = server.add_subparsers(dest="action", required=True, metavar="info|load|drain|abort")
+    info = actions.add_parser("info", help="what runs there, its state and its limits")
+    load = actions.add_parser("load", help="how busy it is, and the requests that it works on")
+    drain = actions.add_parser("drain", help="take it out of traffic and wait for its running requests")
+    drain.add_argument("--timeout", type=float, metavar="S", help="seconds to wait (default: the server's own)")
+    abort = actions.add_parser("abort", help="end running requests")
+    target = abort.add_mutually_exclusive_group(required=True)
+    target.add_argument("--request", metavar="ID", help="the request with this id")
+    target.add_argument("--correlation", metavar="ID", help="all that came with this x-correlation-id")
+    target.add_argument("--adapter", metavar="NAME", help="all that name this adapter")
+    target.add_argument("--all", action="store_true", help="all of them")
+    for action in (info, load, drain, abort):
+        action.add_argument("--admin", default=default_admin(), metavar="H:P", help="admin port (default %(default)s)")
+
+
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     inspect = commands.add_parser("inspect", help="print what an adapter would change in a base model")
     inspect.set_defaults(module="inspect")
@@ -122,18 +198,38 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument("--base", type=Path, required=True, metavar="MODEL", help="a model folder")
 
 
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser(
+        "bench", help="send load to a server: throughput, latencies, a JSON file and a picture", epilog=LENGTHS
+    )
+    bench.set_defaults(module="bench")
+    add, end = bench.add_argument, bench.add_mutually_exclusive_group()
+    add("--server", default=default_server(), metavar="H:P", help="the server (default %(default)s)")
+    end.add_argument("--requests", type=int, metavar="N", help="end after this many requests (default 100)")
+    end.add_argument("--seconds", type=float, metavar="S", help="send requests for so long")
+    add("--concurrency", type=int, metavar="N", help="requests at once (default 8); with --rate, the most at once")
+    add("--rate", type=float, metavar="R", help="Poisson arrivals, requests a second, instead of a closed loop")
+    add("--adapter", action="append", default=[], metavar="NAME=WEIGHT", help="one of the mix; `base` is the base")
+    add("--prompt-tokens", metavar="LENGTHS", help="tokens of a prompt (default 64)")
+    add("--output-tokens", metavar="LENGTHS", help="tokens to generate (default 64)")
+    add("--prompts", type=Path, metavar="FILE", help='rows of {"prompt": ..., "adapter": ...} instead of random words')
+    add("--stop-at-eos", action="store_true", help="let the model end before the wanted output length")
+    add("--temperature", type=float, default=0.0, metavar="T", help="sample with this temperature (default 0: greedy)")
+    add("--seed", type=int, default=0, help="of lengths, prompts, adapters, arrivals and sampling (default 0)")
+    add("--warmup", type=int, metavar="N", help="requests before the measured ones (default 4, or one per adapter)")
+    add("--timeout", type=float, default=600.0, metavar="S", help="deadline of each request (default 600)")
+    add("--connections", type=int, default=1, metavar="N", help="HTTP/2 connections to spread over (default 1)")
+    add("--metrics", metavar="H:P", help="the server's HTTP port: also report what its /metrics say of the run")
+    add("--out", type=Path, default=Path("graft-bench.json"), metavar="FILE", help="default %(default)s")
+    add("--picture", type=Path, metavar="FILE", help=".png or .svg; default: beside the JSON file, as .png")
+    add("--no-picture", action="store_true", help="write none; matplotlib is not needed then")
+
+
 def _name_and_path(text: str) -> tuple[str, Path]:
     name, separator, path = text.partition("=")
     if not (name and separator and path):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
     return name, Path(path)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("graft-moe")
-    except metadata.PackageNotFoundError:
-        return "from source"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,11 @@ from pathlib import Path
 
 DEVICES = ("cpu", "cuda", "npu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+DAY_SECONDS = 86_400
+MIN_RECEIVE_BYTES = 1024
+MAX_RECEIVE_BYTES = 2**30
+MAX_WAITING_REQUESTS = 1_000_000
+MAX_QUEUED_OUTPUTS = 4096  # they may become one message, of which clients take 4 MiB
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,12 @@ class EngineConfig:
             self.max_batch_size,
             f"1..max_batch_tokens ({self.max_batch_tokens})",
         )
-        _require(self.max_waiting_requests >= 1, "max_waiting_requests", self.max_waiting_requests, ">= 1")
+        _require(
+            1 <= self.max_waiting_requests <= MAX_WAITING_REQUESTS,
+            "max_waiting_requests",
+            self.max_waiting_requests,
+            f"1..{MAX_WAITING_REQUESTS}",
+        )
         _require(self.adapter_memory_gib > 0, "adapter_memory_gib", self.adapter_memory_gib, "> 0")
         _require(1 <= self.max_adapters <= 10_000, "max_adapters", self.max_adapters, "1..10000")
         _require(1 <= self.max_lora_rank <= 512, "max_lora_rank", self.max_lora_rank, "1..512")
@@ -55,7 +65,12 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What the front-end process needs; ports may be 0 for any free one."""
+    """What the front-end process needs; ports may be 0 for any free one.
+
+    A draining server goes on answering for `drain_delay_seconds` at least, so that load balancers see it before it is
+    gone, and waits for running requests for `drain_timeout_seconds` at most. It calls its engine stalled when no step
+    has finished for `stall_seconds` while requests run.
+    """
 
     engine: EngineConfig
     host: str = "127.0.0.1"
@@ -67,8 +82,19 @@ class ServerConfig:
     adapters: dict[str, Path] = field(default_factory=dict)
     max_new_tokens_limit: int = 1024
     default_max_new_tokens: int = 20
+    drain_delay_seconds: float = 5.0
     drain_timeout_seconds: float = 60.0
+    stall_seconds: float = 120.0
+    max_connection_age_seconds: float = 1800.0
     max_receive_bytes: int = 16 * 2**20
+    max_queued_outputs: int = 256
+    slow_reader_seconds: float = 30.0
+    metrics_max_adapters: int = 64
+
+    @property
+    def model_name(self) -> str:
+        """What clients see as the name of the base: its folder's."""
+        return self.engine.model_path.resolve().name
 
     def validate(self) -> None:
         """Raise ValueError naming the field, its value and the allowed range."""
@@ -83,7 +109,20 @@ class ServerConfig:
             self.default_max_new_tokens,
             f"1..max_new_tokens_limit ({self.max_new_tokens_limit})",
         )
-        _require(self.drain_timeout_seconds >= 0, "drain_timeout_seconds", self.drain_timeout_seconds, ">= 0")
+        _require(self.max_new_tokens_limit < 2**31, "max_new_tokens_limit", self.max_new_tokens_limit, "below 2^31")
+        for name, low in (("drain_delay_seconds", 0), ("drain_timeout_seconds", 0), ("max_connection_age_seconds", 1)):
+            value = getattr(self, name)
+            _require(low <= value <= DAY_SECONDS, name, value, f"{low}..{DAY_SECONDS}")
+        for name in ("stall_seconds", "slow_reader_seconds"):
+            value = getattr(self, name)
+            _require(0 < value <= DAY_SECONDS, name, value, f"above 0, at most {DAY_SECONDS}")
+        queued = self.max_queued_outputs
+        _require(1 <= queued <= MAX_QUEUED_OUTPUTS, "max_queued_outputs", queued, f"1..{MAX_QUEUED_OUTPUTS}")
+        bytes_range = f"{MIN_RECEIVE_BYTES}..{MAX_RECEIVE_BYTES}"
+        is_allowed = MIN_RECEIVE_BYTES <= self.max_receive_bytes <= MAX_RECEIVE_BYTES
+        _require(is_allowed, "max_receive_bytes", self.max_receive_bytes, bytes_range)
+        num_labels = self.metrics_max_adapters
+        _require(0 <= num_labels <= 10_000, "metrics_max_adapters", num_labels, "0..10000")
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -67,6 +67,18 @@ class Conflict(GraftError):
     kind = ErrorKind.ABORTED
 
 
+class Aborted(GraftError):
+    """An operator ended the request."""
+
+    kind = ErrorKind.ABORTED
+
+
+class DeadlineExceeded(GraftError):
+    """The time that the caller gave is over, or will be before anything can be done."""
+
+    kind = ErrorKind.DEADLINE_EXCEEDED
+
+
 class Precondition(GraftError):
     """The request is well formed but the file, the base or the server's set-up does not allow it."""
 

@@ -33,6 +33,7 @@ LEVELS = (
 BESIDE = {
     "runtime.__main__": "runtime.cli",
     "runtime.demo": "runtime.commands",
+    "runtime.bench": "runtime.commands",
     "runtime.trainer": "runtime.models",
     "runtime.distributed": "runtime.ops",
 }
@@ -181,6 +182,8 @@ def test_imports_point_one_way() -> None:
         ("runtime.trainer.loop", "runtime.engine.engine", False),
         ("runtime.demo.run", "runtime.commands.client", True),
         ("runtime.commands.demo", "runtime.demo.run", True),
+        ("runtime.bench.run", "runtime.commands.client", True),
+        ("runtime.server.service", "runtime.bench.statistics", False),
         ("runtime.server.service", "runtime.commands.client", False),
     ],
 )

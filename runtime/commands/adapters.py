@@ -70,8 +70,7 @@ def _show(stub: AdapterServiceStub, options: argparse.Namespace) -> Iterator[str
         ("last used", adapter.last_used_time.ToJsonString() if adapter.HasField("last_used_time") else "never"),
         ("source", adapter.source_path or "-"),
     ]
-    width = max(len(label) for label, _ in rows)
-    yield from (f"{label:<{width}}  {value}" for label, value in rows)
+    yield from labelled(rows)
     yield from (f"warning: {warning}" for warning in adapter.warnings)
 
 
@@ -92,6 +91,12 @@ def _state(adapter: pb.Adapter) -> str:
     return pb.Adapter.State.Name(adapter.state).removeprefix("STATE_")
 
 
+def labelled(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """A line for each (label, value), the values below each other."""
+    width = max(len(label) for label, _ in rows)
+    yield from (f"{label:<{width}}  {value}" for label, value in rows)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Lines with aligned columns; cells that look like numbers go to the right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
@@ -104,7 +109,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
 
 
 def _is_number(cell: str) -> bool:
-    return cell.rstrip("%").replace(",", "").replace(".", "").isdigit()
+    return cell == "-" or cell.rstrip("%").replace(",", "").replace(".", "").isdigit()
 
 
 _ACTIONS = {"load": _load, "unload": _unload, "list": _list, "show": _show}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from pathlib import Path
 
 from runtime import demo
 from runtime.config import EngineConfig, ServerConfig
+from runtime.server import event_loop
 from runtime.server.limits import ADAPTER_ID
 from runtime.server.server import Addresses, serve
 
@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
     if options.model is None:
         _say(f"no MODEL given: serving the bundled demo model {demo.MODEL_DIR}")
-    return asyncio.run(serve(build_config(options), on_ready=_say_ready))
+    return event_loop.run(serve(build_config(options), on_ready=_say_ready))
 
 
 def build_config(options: argparse.Namespace) -> ServerConfig:
@@ -32,6 +32,7 @@ def build_config(options: argparse.Namespace) -> ServerConfig:
         kv_cache_tokens=options.kv_cache_tokens,
         max_batch_tokens=options.max_batch_tokens,
         max_batch_size=options.max_batch_size,
+        max_waiting_requests=options.max_waiting_requests,
         adapter_memory_gib=options.adapter_memory_gib,
         max_adapters=options.max_adapters,
     )
@@ -43,6 +44,14 @@ def build_config(options: argparse.Namespace) -> ServerConfig:
         http_port=options.http_port,
         adapters_root=options.adapters_root,
         adapters=_adapters(options.adapter),
+        max_new_tokens_limit=options.max_new_tokens,
+        default_max_new_tokens=options.default_max_new_tokens,
+        drain_delay_seconds=options.drain_delay,
+        drain_timeout_seconds=options.drain_timeout,
+        stall_seconds=options.stall_seconds,
+        max_connection_age_seconds=options.max_connection_age,
+        metrics_max_adapters=options.metrics_max_adapters,
+        slow_reader_seconds=options.slow_reader_seconds,
     )
     config.validate()
     return config

@@ -166,6 +166,8 @@ async def _server() -> AsyncIterator[tuple[asyncio.subprocess.Process, str, str]
         "0",
         "--http-port",
         "0",
+        "--drain-delay",
+        "0",
     )
     environment = {"GRAFT_LOG_LEVEL": "WARNING", **child_environment()}
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=environment)

@@ -62,7 +62,6 @@ class Engine:
         self._events: list[Event] = []
         self._num_steps = 0
         self._num_prompt_tokens = 0
-        self._iteration_tokens = 0
         # No sequence is due before this Unix time; the sequence that it was taken from may have ended.
         self._next_deadline = math.inf
 
@@ -89,7 +88,6 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One step: take commands, let in loaded adapters and guides, pick a batch, run it, account for its tokens."""
-        self._iteration_tokens = 0
         self._drain_inbox()
         self.adapters.advance(whole=not self.scheduler.is_running)
         self.guides.take_answers()
@@ -110,12 +108,13 @@ class Engine:
         self.adapters.close()
         self.guides.shut_down()
 
-    def stats(self) -> EngineStats:
-        """Counters and gauges of this moment."""
+    def stats(self, iteration_tokens: int = 0) -> EngineStats:
+        """Counters and gauges of this moment; a step adds how many tokens it computed."""
         blocks = self.scheduler.blocks
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
+            paused=self.scheduler.num_paused,
             kv_tokens_used=(blocks.num_blocks - blocks.num_free) * blocks.block_tokens,
             kv_tokens_total=blocks.num_blocks * blocks.block_tokens,
             preemptions=self.scheduler.num_preemptions,
@@ -124,7 +123,7 @@ class Engine:
             adapters_resident=self.adapters.num_resident,
             adapter_device_bytes=self.adapters.pages.num_bytes,
             adapter_host_bytes=self.adapters.host_bytes,
-            iteration_tokens=self._iteration_tokens,
+            iteration_tokens=iteration_tokens,
             estimated_wait_seconds=self.scheduler.estimated_wait_seconds(),
         )
 
@@ -262,7 +261,6 @@ class Engine:
 
     def _finish_step(self, batch: Batch, result: StepResult, tokens: list[SampledToken]) -> None:
         self._num_steps += 1
-        self._iteration_tokens = batch.num_tokens
         outcome = self.scheduler.update(batch, [token.token_id for token in tokens])
         not_numbers = self._tell_prompt_scores(result.prompt_scores)
         outputs = []
@@ -279,7 +277,7 @@ class Engine:
         self.guides.accept(guided)
         for request_id in not_numbers:
             self._break_off(request_id)
-        self._events.append(StepOutputs(outputs, self.stats()))
+        self._events.append(StepOutputs(outputs, self.stats(batch.num_tokens)))
 
     def _tell_prompt_scores(self, prompt_scores: dict[RequestId, list[TokenScore]]) -> set[RequestId]:
         """Send the scores of this step's prompt tokens; returns the requests whose scores are not numbers."""

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from loaders.progress import progress_bar
@@ -106,7 +107,7 @@ class EngineProcess:
         for event in events:
             self._connection.send(event)
         if outputs := [event for event in events if isinstance(event, StepOutputs)]:
-            self._last_stats = outputs[-1].stats
+            self._last_stats = replace(outputs[-1].stats, iteration_tokens=0)
         elif (stats := engine.stats()) != self._last_stats:
             self._last_stats = stats
             self._connection.send(StepOutputs([], stats))

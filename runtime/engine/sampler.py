@@ -107,7 +107,7 @@ def _with_details(tokens: list[SampledToken], logits_BV: Tensor, sequences: list
     wanted = [
         row
         for row, (token, sequence) in enumerate(zip(tokens, sequences, strict=True))
-        if token.is_finite and (sequence.params.logprobs or sequence.params.num_top_tokens)
+        if token.is_finite and sequence.params.logprobs
     ]
     if not wanted:
         return tokens

@@ -29,7 +29,8 @@ class SamplingParams:
 
     Off are `top_k` 0, and `top_p`, `typical_p`, `repetition_penalty` and `length_penalty_factor` 1. The length penalty
     raises end-of-sequence tokens by `length_penalty_factor` to the power of the tokens beyond `length_penalty_start`.
-    `logprobs` and `num_top_tokens` ask for details of generated tokens; `score_prompt` for the same of the prompt's.
+    `logprobs` asks for details of generated tokens, `score_prompt` for those of the prompt's; both come with
+    `num_top_tokens` alternatives.
     """
 
     max_new_tokens: int

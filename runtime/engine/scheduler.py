@@ -86,6 +86,11 @@ class Scheduler:
         """Whether a sequence has begun and is not paused."""
         return any(not sequence.paused for sequence in self.running)
 
+    @property
+    def num_paused(self) -> int:
+        """How many sequences have begun and are paused."""
+        return sum(bool(sequence.blocks) for sequence in self._paused.values())
+
     def can_run(self) -> bool:
         """Whether a step would compute anything."""
         return any(not sequence.is_held for sequence in self.sequences())

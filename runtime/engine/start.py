@@ -74,6 +74,7 @@ def start(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         kv_cache_tokens=num_blocks * config.kv_block_tokens,
         adapter_bytes_limit=limits.max_device_bytes,
+        dtype=str(dtype).removeprefix("torch."),
     )
     return EngineParts(ready, scheduler, runner, adapters, guides, Sampler(eos))
 

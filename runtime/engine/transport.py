@@ -1,4 +1,7 @@
-"""Messages over a local socket: a length, then msgpack of [class name, field, field, ...]. Never pickle."""
+"""Messages over a local socket: a length, then msgpack of [class name, [field, field, ...]]. Never pickle.
+
+StepOutputs, sent at every step, travels in columns: [request ids], [token ids], and what is more than that, by place.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ class TransportError(Exception):
 
 def encode(message: Message) -> bytes:
     """One frame: four bytes of length and the body."""
-    body: bytes = msgpack.packb([type(message).__name__, _fields_of(message)], default=_fields_of)
+    fields = _columns_of(message) if type(message) is m.StepOutputs else _fields_of(message)
+    body: bytes = msgpack.packb([type(message).__name__, fields], default=_fields_of)
     if len(body) > MAX_FRAME_BYTES:
         raise TransportError(f"a {type(message).__name__} of {len(body)} bytes is over {MAX_FRAME_BYTES}")
     return _LENGTH.pack(len(body)) + body
@@ -50,6 +54,40 @@ def _fields_of(value: object) -> list[object] | str:
     if isinstance(value, Path):
         return str(value)
     return [getattr(value, name) for name in _FIELD_NAMES[type(value)]]
+
+
+def _columns_of(message: m.StepOutputs) -> list[object]:
+    """Most outputs are a token and nothing else: 32 of them take a tenth of the time that 32 lists of fields take."""
+    request_ids, token_ids, others = [], [], []
+    for place, output in enumerate(message.outputs):
+        request_ids.append(output.request_id)
+        token_ids.append(output.token_id)
+        if _has_more(output):
+            others.append([place, output])
+    return [request_ids, token_ids, others, message.stats]
+
+
+def _has_more(output: m.SequenceOutput) -> bool:
+    return (
+        output.finish_reason is not None
+        or output.rank != 0
+        or output.logprob != 0.0
+        or output.queue_seconds is not None
+        or bool(output.top_tokens)
+    )
+
+
+def _decode_columns(value: object) -> m.StepOutputs:
+    request_ids, token_ids, others, stats = _checked(list, value)
+    plain_ids, plain_tokens = _plain_list(int, request_ids), _plain_list(int, token_ids)
+    if len(plain_ids) != len(plain_tokens):
+        raise ValueError(f"{len(plain_ids)} request ids for {len(plain_tokens)} tokens")
+    outputs = list(map(m.SequenceOutput, plain_ids, plain_tokens))
+    for place, output in _checked(list, others):
+        if not 0 <= _checked(int, place) < len(outputs):
+            raise ValueError(f"there is no output {place}")
+        outputs[place] = _decode_output(output)
+    return m.StepOutputs(outputs, _decode_stats(stats))
 
 
 def _decoder_of(annotation: typing.Any) -> Decoder:
@@ -87,7 +125,7 @@ def _list_decoder(item: typing.Any) -> Decoder:
     return lambda value: [decode_item(element) for element in _checked(list, value)]
 
 
-def _plain_list(item: type, value: object) -> object:
+def _plain_list(item: type, value: object) -> list[typing.Any]:
     if type(value) is not list or set(map(type, value)) - {item}:
         raise TypeError(f"not a list of {item.__name__}")
     return value
@@ -109,6 +147,9 @@ def _dataclass_decoder(cls: type) -> Decoder:
 
 _FIELD_NAMES: dict[type, list[str]] = {}
 _DECODERS: dict[str, Decoder] = {cls.__name__: _dataclass_decoder(cls) for cls in typing.get_args(Message)}
+_DECODERS[m.StepOutputs.__name__] = _decode_columns
+_decode_output = _dataclass_decoder(m.SequenceOutput)
+_decode_stats = _dataclass_decoder(m.EngineStats)
 
 
 class Connection:

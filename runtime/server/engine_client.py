@@ -7,7 +7,7 @@ import itertools
 import logging
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 from runtime.config import EngineConfig
 from runtime.engine.messages import (
@@ -23,9 +23,10 @@ from runtime.engine.messages import (
     EngineStats,
     ListAdapters,
     LoadAdapter,
+    PauseRequest,
+    PromptScored,
     RequestFailed,
     RequestId,
-    SequenceOutput,
     Shutdown,
     StepOutputs,
     UnloadAdapter,
@@ -34,62 +35,33 @@ from runtime.engine.process import DEFAULT_ENGINE
 from runtime.engine.sampling_params import SamplingParams
 from runtime.engine.transport import TransportError, encode, receive
 from runtime.env import child_environment
-from runtime.errors import ErrorKind, Exhausted, GraftError, Internal, Unavailable, error_of_kind
+from runtime.errors import ErrorKind, GraftError, Internal, Unavailable, error_of_kind
+from runtime.server.output_stream import OutputStream, ReaderBounds
 
-MAX_QUEUED_OUTPUTS = 4096
 STOP_SECONDS = 10.0
 RETRY_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
 
-class OutputStream:
-    """The outputs of one request, in a bounded queue: a reader that falls behind loses its own request only."""
-
-    def __init__(self, request_id: RequestId, close: Callable[[OutputStream], None]) -> None:
-        self.request_id = request_id
-        self.ended = False
-        self._close = close
-        self._queue: asyncio.Queue[SequenceOutput | GraftError] = asyncio.Queue(MAX_QUEUED_OUTPUTS + 1)
-
-    def push(self, item: SequenceOutput | GraftError) -> None:
-        """Called by the client: the next output, or the error that ends the request."""
-        if self.ended:
-            return
-        if self._queue.qsize() >= MAX_QUEUED_OUTPUTS:
-            message = f"{MAX_QUEUED_OUTPUTS} tokens wait to be read; the request was ended"
-            item = Exhausted(message, reason="SLOW_READER")
-            self._close(self)
-        self.ended = isinstance(item, GraftError) or item.finish_reason is not None
-        self._queue.put_nowait(item)
-
-    async def __aiter__(self) -> AsyncIterator[SequenceOutput]:
-        """Outputs until the one with a finish reason; raises the error that ended the request, if one did."""
-        while True:
-            item = await self._queue.get()
-            if isinstance(item, GraftError):
-                raise item
-            yield item
-            if item.finish_reason is not None:
-                return
-
-    def close(self) -> None:
-        """Forget the request; if it still runs, the engine frees it."""
-        self._close(self)
-
-
 class EngineClient:
     """Owns the engine process and everything that waits for it."""
 
-    def __init__(self, config: EngineConfig, engine_class: str = DEFAULT_ENGINE) -> None:
+    def __init__(
+        self, config: EngineConfig, engine_class: str = DEFAULT_ENGINE, reader_bounds: ReaderBounds | None = None
+    ) -> None:
         self.stats = EngineStats()
+        self.on_step: Callable[[EngineStats], None] = _ignore
+        self.on_adapters: Callable[[list[AdapterInfo]], None] = _ignore
         self.dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._config = config
         self._engine_class = engine_class
+        self._reader_bounds = reader_bounds or ReaderBounds()
         self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._streams: dict[RequestId, OutputStream] = {}
         self._calls: dict[CallId, asyncio.Future[list[AdapterInfo]]] = {}
         self._ids = itertools.count(1)
+        self._is_unheard = False
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -114,14 +86,30 @@ class EngineClient:
             raise Unavailable("the engine is starting", reason="STARTING", retry_seconds=1.0)
         return self._ready.result()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine has, or should have by now, a request to compute for."""
+        return self.stats.running > self.stats.paused or self._is_unheard
+
     def add(
         self, prompt_ids: list[int], params: SamplingParams, adapter: str | None, deadline: float | None
     ) -> OutputStream:
         """Start a request; its outputs come through the stream, which must be closed."""
         request_id = RequestId(next(self._ids))
         self._send(AddRequest(request_id, prompt_ids, params, adapter, deadline))
-        stream = self._streams[request_id] = OutputStream(request_id, self._close_stream)
+        self._is_unheard = True
+        stream = self._streams[request_id] = OutputStream(request_id, self, self._reader_bounds)
         return stream
+
+    def pause(self, stream: OutputStream, paused: bool) -> None:
+        """For a stream of ours: keep its request out of the coming steps, or let it go on."""
+        if not self.dead.done():
+            self._send(PauseRequest(stream.request_id, paused))
+
+    def forget(self, stream: OutputStream) -> None:
+        """For a stream of ours: send it nothing more, and free its request if that still runs."""
+        if self._streams.pop(stream.request_id, None) and not stream.ended and not self.dead.done():
+            self._send(CancelRequest(stream.request_id))
 
     async def load_adapter(self, name: str, path: str, expected_digest: str = "") -> AdapterInfo:
         """Load a folder under a name; returns when requests may name it."""
@@ -150,7 +138,7 @@ class EngineClient:
     def fail_requests(self, error: GraftError) -> None:
         """End every running request with an error."""
         for stream in list(self._streams.values()):
-            stream.push(error)
+            stream.fail(error)
             stream.close()
 
     async def stop(self) -> None:
@@ -178,11 +166,6 @@ class EngineClient:
             raise Unavailable("the engine is starting", reason="STARTING", retry_seconds=1.0)
         self._writer.write(encode(command))
 
-    def _close_stream(self, stream: OutputStream) -> None:
-        if self._streams.pop(stream.request_id, None) and not stream.ended and not self.dead.done():
-            self._send(CancelRequest(stream.request_id))
-        stream.ended = True
-
     async def _read_events(self, reader: asyncio.StreamReader) -> None:
         """Supervises the process: its events until it ends, and then an error for everything that still waits."""
         reason = "the engine process ended"
@@ -198,16 +181,22 @@ class EngineClient:
             self._die(reason)
 
     def _dispatch(self, event: object) -> None:
+        self._is_unheard = False
         match event:
             case StepOutputs(outputs, stats):
                 self.stats = stats
+                self.on_step(stats)
                 for output in outputs:
                     if (stream := self._streams.get(output.request_id)) is not None:
                         stream.push(output)
             case RequestFailed(request_id, kind, message, reason, field):
                 if (stream := self._streams.get(request_id)) is not None:
-                    stream.push(_request_error(kind, message, reason, field))
+                    stream.fail(_request_error(kind, message, reason, field))
+            case PromptScored(request_id):
+                if (stream := self._streams.get(request_id)) is not None:
+                    stream.push_scores(event)
             case AdapterReply(call_id, adapters):
+                self.on_adapters(adapters)
                 if (future := self._calls.get(call_id)) is not None and not future.done():
                     future.set_result(adapters)
             case CallFailed(call_id, kind, message, reason, field, problems):
@@ -231,6 +220,10 @@ class EngineClient:
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(error)
+
+
+def _ignore(_: object) -> None:
+    """Until somebody wants to know."""
 
 
 def _request_error(kind: ErrorKind, message: str, reason: str, field: str) -> GraftError:

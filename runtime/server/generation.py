@@ -8,12 +8,15 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from loaders.tokenizer import IncrementalDetokenizer, Tokenizer
-from runtime.engine.messages import FinishReason, SequenceOutput
+from runtime.engine.messages import FinishReason, PromptScored, SequenceOutput, TokenScore
 from runtime.engine.sampling_params import SamplingParams
 from runtime.pb.fmaas import generation_pb2 as pb
+from runtime.server.calls import Call
 from runtime.server.engine_client import EngineClient
 from runtime.server.limits import Limits
 from runtime.server.metrics import Metrics
+from runtime.server.output_stream import StreamItem
+from runtime.server.request_timer import RequestTimer
 from runtime.server.text import TextStream
 from runtime.server.validation import GenerationOptions, fit_to_context
 
@@ -22,7 +25,7 @@ INLINE_TEXT_CHARS = 4096  # longer texts are tokenised in a thread, so that they
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A checked request, ready for the engine."""
+    """A checked request, ready for the engine. `deadline` is Unix time, `arrived` is on the monotonic clock."""
 
     prompt: str
     prompt_ids: list[int]
@@ -31,14 +34,19 @@ class PreparedRequest:
     adapter: str | None
     is_clipped: bool
     deadline: float | None
+    arrived: float
 
 
-@dataclass
+@dataclass(slots=True)
 class Progress:
-    """What is new since the last one; `stop_reason` is set on the last."""
+    """What is new since the last one; `stop_reason` is set on the last.
+
+    `prompt_scores` are those of the next prompt tokens, from the second on; all of them come before the first output.
+    """
 
     text: str = ""
     outputs: list[SequenceOutput] = field(default_factory=list)
+    prompt_scores: list[TokenScore] = field(default_factory=list)
     num_generated: int = 0
     stop_reason: pb.StopReason = pb.NOT_FINISHED
     stop_sequence: str = ""
@@ -57,11 +65,11 @@ class TextGenerator:
         self, text: str, options: GenerationOptions, adapter: str | None, text_field: str
     ) -> PreparedRequest:
         """Tokenise, truncate and fit into the context; raises InvalidRequest naming `text_field`."""
-        arrival = time.time()
+        arrival, arrived = time.time(), time.monotonic()
         prompt_ids = self.truncate(await self.encode(text), options.truncate_input_tokens)
         params, is_clipped = fit_to_context(options, len(prompt_ids), self.limits, text_field)
         deadline = arrival + options.time_limit_seconds if options.time_limit_seconds else None
-        return PreparedRequest(text, prompt_ids, params, options, adapter, is_clipped, deadline)
+        return PreparedRequest(text, prompt_ids, params, options, adapter, is_clipped, deadline, arrived)
 
     async def encode(self, text: str) -> list[int]:
         """Token ids; long texts in a thread."""
@@ -81,9 +89,8 @@ class TextGenerator:
         has_bos = token_ids[0] == self.tokenizer.bos_token_id
         return [0, *places[len(places) - max_tokens + 1 :]] if has_bos else places[-max_tokens:]
 
-    async def run(self, request: PreparedRequest) -> AsyncGenerator[Progress, None]:
-        """Progress until the end. Close this generator early and the engine frees everything at once."""
-        timer = self._metrics.start_request(len(request.prompt_ids))
+    async def run(self, request: PreparedRequest, call: Call) -> AsyncGenerator[Progress, None]:
+        """Progress until the end, as a part of `call`. Close it early and the engine frees everything at once."""
         text = TextStream(
             IncrementalDetokenizer(self.tokenizer),
             request.options.stop_sequences,
@@ -92,42 +99,53 @@ class TextGenerator:
         )
         num_generated = 0
         stream = self._client.add(request.prompt_ids, request.params, request.adapter, request.deadline)
+        timer = self._metrics.start_request(len(request.prompt_ids), request.adapter, request.arrived)
         try:
-            async for output in stream:
-                if output.token_id >= 0:
-                    num_generated += 1
-                    timer.token(output.queue_seconds)
-                progress = self._advance(text, output, request.is_clipped)
-                progress.num_generated = num_generated
+            call.attach(stream)
+            while True:
+                progress = Progress(num_generated=num_generated)
+                for item in await stream.take():
+                    self._advance(progress, text, item, request.is_clipped, timer)
+                    if progress.stop_reason != pb.NOT_FINISHED:
+                        break
+                call.num_tokens += progress.num_generated - num_generated
+                num_generated = progress.num_generated
                 if progress.stop_reason != pb.NOT_FINISHED:
                     timer.success(pb.StopReason.Name(progress.stop_reason))
                 yield progress
                 if progress.stop_reason != pb.NOT_FINISHED:
                     return
+        except (asyncio.CancelledError, GeneratorExit):
+            stream.raise_if_lost()
+            raise
         finally:
+            timer.close()
             stream.close()
 
-    def _advance(self, text: TextStream, output: SequenceOutput, is_clipped: bool) -> Progress:
-        progress = Progress()
-        is_end_token = output.finish_reason is FinishReason.EOS and output.token_id in self.tokenizer.eos_token_ids
-        if output.token_id >= 0:
-            progress.outputs.append(output)
-        if output.token_id >= 0 and not is_end_token:
-            update = text.push(output.token_id)
-            progress.text = update.text
-            if update.stop_sequence is not None:
-                return self._stopped(progress, update.stop_sequence)
-        if output.finish_reason is not None:
+    def _advance(
+        self, progress: Progress, text: TextStream, item: StreamItem, is_clipped: bool, timer: RequestTimer
+    ) -> None:
+        """Add what the engine sent; `stop_reason` is set if that was the last."""
+        if isinstance(item, PromptScored):
+            progress.prompt_scores += item.scores
+            return
+        stop_sequence = None
+        if item.token_id >= 0:
+            timer.token(item.queue_seconds)
+            progress.num_generated += 1
+            progress.outputs.append(item)
+            is_end_token = item.finish_reason is FinishReason.EOS and item.token_id in self.tokenizer.eos_token_ids
+            if not is_end_token:
+                update = text.push(item.token_id)
+                progress.text += update.text
+                stop_sequence = update.stop_sequence
+        if item.finish_reason is not None and stop_sequence is None:
+            progress.stop_reason = _stop_reason(item.finish_reason, is_clipped)
             update = text.finish()
             progress.text += update.text
-            if update.stop_sequence is not None:
-                return self._stopped(progress, update.stop_sequence)
-            progress.stop_reason = _stop_reason(output.finish_reason, is_clipped)
-        return progress
-
-    def _stopped(self, progress: Progress, stop_sequence: str) -> Progress:
-        progress.stop_reason, progress.stop_sequence = pb.STOP_SEQUENCE, stop_sequence
-        return progress
+            stop_sequence = update.stop_sequence
+        if stop_sequence is not None:
+            progress.stop_reason, progress.stop_sequence = pb.STOP_SEQUENCE, stop_sequence
 
 
 def _stop_reason(reason: FinishReason, is_clipped: bool) -> pb.StopReason:

@@ -9,15 +9,17 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from loaders.tokenizer import Tokenizer
-from runtime.engine.messages import SequenceOutput
+from runtime.engine.messages import TokenScore
 from runtime.errors import InvalidRequest, NotFound
 from runtime.pb.fmaas import generation_pb2 as pb
 from runtime.pb.fmaas import generation_pb2_grpc as pb_grpc
+from runtime.server.admission import Admission
+from runtime.server.calls import Call
 from runtime.server.engine_client import EngineClient
 from runtime.server.gate import Gate
-from runtime.server.generation import PreparedRequest, Progress, TextGenerator
-from runtime.server.validation import ResponseDetail, validate_adapter_id, validate_parameters
+from runtime.server.generation import PreparedRequest, TextGenerator
+from runtime.server.responses import delta, head
+from runtime.server.validation import validate_adapter_id, validate_parameters
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -30,11 +32,13 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     def __init__(self, client: EngineClient, gate: Gate) -> None:
         self._client = client
         self._gate = gate
+        self._admission = Admission(client, gate)
 
     async def Generate(self, request: pb.BatchedGenerationRequest, context: Context) -> pb.BatchedGenerationResponse:
         """All texts of the batch, or one error for all of it."""
-        with self._gate.enter(), _tgis_errors():
+        with self._admission.enter(context) as call, _tgis_errors():
             adapter = validate_adapter_id(request.adapter_id, request.prefix_id)
+            call.adapter = adapter or ""
             limits = self.generator.limits
             options = validate_parameters(request.params, limits)
             if len(request.requests) > limits.max_batch_requests:
@@ -44,23 +48,27 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                 await self.generator.prepare(item.text, options, adapter, f"requests[{index}].text")
                 for index, item in enumerate(request.requests)
             ]
-            return pb.BatchedGenerationResponse(responses=await self._complete_all(prepared))
+            return pb.BatchedGenerationResponse(responses=await self._complete_all(prepared, call))
 
     async def GenerateStream(
         self, request: pb.SingleGenerationRequest, context: Context
     ) -> AsyncIterator[pb.GenerationResponse]:
         """First the input's count, then pieces of text, and the stop reason with the last."""
-        with self._gate.enter(), _tgis_errors():
+        with self._admission.enter(context) as call, _tgis_errors():
             adapter = validate_adapter_id(request.adapter_id, request.prefix_id)
+            call.adapter = adapter or ""
             options = validate_parameters(request.params, self.generator.limits)
             prepared = await self.generator.prepare(request.request.text, options, adapter, "request.text")
-            async with aclosing(self.generator.run(prepared)) as progresses:
+            async with aclosing(self.generator.run(prepared, call)) as progresses:
                 is_first = True
+                scores: list[TokenScore] = []
                 async for progress in progresses:
-                    if is_first:
-                        yield _head(prepared, self.generator.tokenizer)
+                    scores += progress.prompt_scores
+                    if is_first and (progress.outputs or progress.stop_reason != pb.NOT_FINISHED):
+                        await context.send_initial_metadata(call.metadata)
+                        yield head(prepared, scores, self.generator.tokenizer)
                         is_first = False
-                    response = self._delta(prepared, progress)
+                    response = delta(prepared, progress, self.generator.tokenizer)
                     if response.text or response.tokens or response.stop_reason != pb.NOT_FINISHED:
                         yield response
 
@@ -87,37 +95,27 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             max_new_tokens=limits.max_new_tokens,
         )
 
-    async def _complete_all(self, prepared: list[PreparedRequest]) -> list[pb.GenerationResponse]:
+    async def _complete_all(self, prepared: list[PreparedRequest], call: Call) -> list[pb.GenerationResponse]:
         """Run all together; the first failure ends the others."""
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._complete(item)) for item in prepared]
+                tasks = [group.create_task(self._complete(item, call)) for item in prepared]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _complete(self, prepared: PreparedRequest) -> pb.GenerationResponse:
-        response = _head(prepared, self.generator.tokenizer)
-        texts = [response.text]
-        async with aclosing(self.generator.run(prepared)) as progresses:
+    async def _complete(self, prepared: PreparedRequest, call: Call) -> pb.GenerationResponse:
+        response = pb.GenerationResponse()
+        texts: list[str] = []
+        scores: list[TokenScore] = []
+        async with aclosing(self.generator.run(prepared, call)) as progresses:
             async for progress in progresses:
-                delta = self._delta(prepared, progress)
-                texts.append(delta.text)
-                delta.ClearField("text")
-                response.MergeFrom(delta)
-        response.text = "".join(texts)
-        return response
-
-    def _delta(self, prepared: PreparedRequest, progress: Progress) -> pb.GenerationResponse:
-        response = pb.GenerationResponse(
-            text=progress.text,
-            generated_token_count=progress.num_generated,
-            stop_reason=progress.stop_reason,
-            stop_sequence=progress.stop_sequence,
-        )
-        if prepared.options.detail.generated_tokens:
-            for output in progress.outputs:
-                response.tokens.append(_token_info(output, prepared.options.detail, self.generator.tokenizer))
+                scores += progress.prompt_scores
+                texts.append(progress.text)
+                response.MergeFrom(delta(prepared, progress, self.generator.tokenizer))
+        first = head(prepared, scores, self.generator.tokenizer)
+        response.MergeFrom(first)
+        response.text = first.text + "".join(texts)
         return response
 
     def _tokenize_one(self, text: str, request: pb.BatchedTokenizeRequest) -> pb.TokenizeResponse:
@@ -131,30 +129,6 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         if request.return_offsets:
             response.offsets.extend(pb.TokenizeResponse.Offset(start=start, end=end) for start, end in offsets)
         return response
-
-
-def _head(prepared: PreparedRequest, tokenizer: Tokenizer) -> pb.GenerationResponse:
-    """What is known before the first token."""
-    response = pb.GenerationResponse(input_token_count=len(prepared.prompt_ids))
-    if not prepared.options.is_greedy:
-        response.seed = prepared.params.seed
-    if prepared.options.detail.input_text:
-        response.text = prepared.prompt
-    if prepared.options.detail.input_tokens:
-        response.input_tokens.extend(pb.TokenInfo(text=tokenizer.token_piece(i)) for i in prepared.prompt_ids)
-    return response
-
-
-def _token_info(output: SequenceOutput, detail: ResponseDetail, tokenizer: Tokenizer) -> pb.TokenInfo:
-    info = pb.TokenInfo(text=tokenizer.token_piece(output.token_id))
-    if detail.logprobs:
-        info.logprob = output.logprob
-    if detail.ranks:
-        info.rank = output.rank
-    for top in output.top_tokens[: detail.num_top_tokens]:
-        entry: dict[str, Any] = {"logprob": top.logprob} if detail.logprobs else {}
-        info.top_tokens.add(text=tokenizer.token_piece(top.token_id), **entry)
-    return info
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from runtime.errors import GraftError
 from runtime.server.engine_client import EngineClient
 from runtime.server.gate import Gate, ServerState
+from runtime.server.health import Health
 from runtime.server.metrics import Metrics
 
 REQUEST_SECONDS = 5.0
@@ -43,9 +44,10 @@ class HttpResponse:
 class HttpServer:
     """Answers four paths."""
 
-    def __init__(self, client: EngineClient, gate: Gate, metrics: Metrics, model_name: str) -> None:
+    def __init__(self, client: EngineClient, gate: Gate, health: Health, metrics: Metrics, model_name: str) -> None:
         self._client = client
         self._gate = gate
+        self._health = health
         self._metrics = metrics
         self._model_name = model_name
         self._server: asyncio.Server | None = None
@@ -97,14 +99,22 @@ class HttpServer:
         return HttpResponse(self._metrics.scrape(), CONTENT_TYPE_LATEST)
 
     async def _get_healthz(self) -> HttpResponse:
-        if self._client.dead.done():
-            return HttpResponse(b"engine stopped\n", status=HTTPStatus.SERVICE_UNAVAILABLE)
-        return HttpResponse(b"ok\n")
+        return self._health_response(None)
 
     async def _get_readyz(self) -> HttpResponse:
-        if self._gate.state is not ServerState.READY or self._client.dead.done():
-            return HttpResponse(f"{self._gate.state.lower()}\n".encode(), status=HTTPStatus.SERVICE_UNAVAILABLE)
-        return HttpResponse(b"ok\n")
+        return self._health_response(self._gate.state)
+
+    def _health_response(self, state: ServerState | None) -> HttpResponse:
+        """503 with what is wrong; a `state` other than READY counts as that."""
+        problem = ""
+        if self._client.dead.done():
+            problem = "engine stopped"
+        elif not self._health.is_alive:
+            problem = "engine stalled"
+        elif state not in (None, ServerState.READY):
+            problem = str(state).lower()
+        status = HTTPStatus.SERVICE_UNAVAILABLE if problem else HTTPStatus.OK
+        return HttpResponse(f"{problem or 'ok'}\n".encode(), status=status)
 
     async def _get_models(self) -> HttpResponse:
         """The OpenAI list; adapters carry their base as `parent`, which LoRA-aware routers read."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -15,6 +15,9 @@ from runtime.server.metrics import Metrics
 from runtime.server.status import abort, code_of
 
 OUR_PACKAGES = ("/fmaas.", "/graft.")
+ABORT_SECONDS = 1.0
+REQUESTS = "/fmaas."
+TEXT_REQUESTS = "/fmaas.GenerationService/Generate"  # and GenerateStream
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             try:
                 return await inner(request, context)
             except asyncio.CancelledError:
-                self._metrics.count_failure("CANCELLED", "CANCELLED")
+                self._count(method, "CANCELLED", "CANCELLED")
                 raise
             except Exception as error:  # noqa: BLE001  # the border: every error becomes a status
                 await abort(context, self._as_graft_error(error, method))
@@ -58,18 +61,21 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return call
 
     def _wrap_stream(self, inner: Any, method: str) -> Any:
-        async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+        """Writes what the service yields: one layer less for each message, and a cancelled write is met here."""
+
+        async def call(request: Any, context: Any) -> None:
             responses = inner(request, context)
             try:
-                async for response in responses:
-                    yield response
-            except (asyncio.CancelledError, GeneratorExit):
-                self._metrics.count_failure("CANCELLED", "CANCELLED")
+                try:
+                    async for response in responses:
+                        await context.write(response)
+                finally:
+                    await responses.aclose()  # raises why the service had the write cancelled, if it had
+            except asyncio.CancelledError:
+                self._count(method, "CANCELLED", "CANCELLED")
                 raise
             except Exception as error:  # noqa: BLE001  # the border: every error becomes a status
-                await abort(context, self._as_graft_error(error, method))
-            finally:
-                await responses.aclose()
+                await _abort_stream(context, self._as_graft_error(error, method))
 
         return call
 
@@ -78,5 +84,21 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             error_id = uuid.uuid4().hex[:12]
             logger.error("%s failed, error %s", method, error_id, exc_info=error)
             error = Internal(f"internal error {error_id}; the server's log has the details", reason="INTERNAL")
-        self._metrics.count_failure(code_of(error.kind).name, error.reason)
+        self._count(method, code_of(error.kind).name, error.reason)
         return error
+
+    def _count(self, method: str, code: str, reason: str) -> None:
+        """Calls of operators are no requests."""
+        if method.startswith(REQUESTS):
+            self._metrics.count_failure(code, reason)
+        if method.startswith(TEXT_REQUESTS):
+            self._metrics.count_rejection(reason)
+
+
+async def _abort_stream(context: Any, error: GraftError) -> None:
+    """Send the status. It waits in gRPC behind what the client has not read; who reads nothing is not waited for."""
+    try:
+        async with asyncio.timeout(ABORT_SECONDS):
+            await abort(context, error)
+    except TimeoutError:
+        logger.info("a client that does not read was left with its status %s", error.reason)

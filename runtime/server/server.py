@@ -17,10 +17,11 @@ from grpc_reflection.v1alpha import reflection
 from loaders.tokenizer import Tokenizer
 from runtime.config import ServerConfig
 from runtime.engine.process import DEFAULT_ENGINE
-from runtime.errors import Precondition, Unavailable
+from runtime.errors import Precondition
 from runtime.pb.fmaas import generation_pb2_grpc
-from runtime.pb.graft.admin.v1 import adapters_pb2_grpc
+from runtime.pb.graft.admin.v1 import adapters_pb2_grpc, server_pb2_grpc
 from runtime.server.adapter_service import AdapterService
+from runtime.server.drain import Drain
 from runtime.server.engine_client import EngineClient
 from runtime.server.gate import Gate, ServerState
 from runtime.server.generation import TextGenerator
@@ -29,9 +30,13 @@ from runtime.server.health import GENERATION_SERVICE, Health
 from runtime.server.http import HttpServer
 from runtime.server.interceptors import ErrorInterceptor
 from runtime.server.limits import Limits
+from runtime.server.listen import address, bind, channel_options
 from runtime.server.metrics import Metrics
+from runtime.server.output_stream import ReaderBounds
+from runtime.server.server_service import ServerService
+from runtime.server.stall import StallWatch
 
-STOP_GRACE_SECONDS = 1.0
+STOP_GRACE_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +58,25 @@ class Server:
 
     def __init__(self, config: ServerConfig, engine_class: str = DEFAULT_ENGINE) -> None:
         self._config = config
-        self._model_name = config.engine.model_path.resolve().name
-        self._client = EngineClient(config.engine, engine_class)
+        bounds = ReaderBounds(config.max_queued_outputs, config.slow_reader_seconds)
+        self._client = EngineClient(config.engine, engine_class, bounds)
         self._gate = Gate()
         self._health = Health()
-        self._metrics = Metrics(self._model_name, lambda: self._client.stats)
+        self._metrics = Metrics(
+            config.model_name,
+            lambda: self._client.stats,
+            max_lora=config.engine.max_adapters,
+            max_adapter_labels=config.metrics_max_adapters,
+        )
+        self._drain = Drain(self._gate, self._health, self._metrics)
+        self._client.on_step = self._metrics.count_step
+        self._client.on_adapters = self._metrics.update_adapters
         self._generation = GenerationService(self._client, self._gate)
-        self._http = HttpServer(self._client, self._gate, self._metrics, self._model_name)
+        self._service = ServerService(config, self._client, self._gate, self._health, self._drain)
+        self._http = HttpServer(self._client, self._gate, self._health, self._metrics, config.model_name)
+        self._watching: asyncio.Task[None] | None = None
         interceptors = [ErrorInterceptor(self._metrics)]
-        options = _channel_options(config)
+        options = channel_options(config)
         self._public = grpc.aio.server(interceptors=interceptors, options=options)
         self._admin = grpc.aio.server(interceptors=interceptors, options=options)
 
@@ -72,21 +87,24 @@ class Server:
         self._add_services()
         await self._health.set_alive(True)
         await self._health.set_ready(False)
-        grpc_port = _bind(self._public, config.host, config.grpc_port)
-        admin_port = _bind(self._admin, config.admin_host, config.admin_port)
+        grpc_port = bind(self._public, config.host, config.grpc_port)
+        admin_port = bind(self._admin, config.admin_host, config.admin_port)
         await self._public.start()
         await self._admin.start()
         http_port = await self._http.start(config.host, config.http_port)
         loading = asyncio.to_thread(Tokenizer.from_dir, config.engine.model_path)
         ready, tokenizer = await asyncio.gather(self._client.start(), loading)
+        self._metrics.set_max_model_len(ready.max_model_len)
         limits = Limits(ready.max_model_len, config.max_new_tokens_limit, config.default_max_new_tokens)
         self._generation.generator = TextGenerator(self._client, tokenizer, limits, self._metrics)
+        self._service.limits = limits
         for name, path in config.adapters.items():
             await self._client.load_adapter(name, str(path.resolve()))
+        self._watching = asyncio.create_task(StallWatch(self._client, self._health, config.stall_seconds).run())
         self._gate.state = ServerState.READY
         await self._health.set_ready(True)
         return Addresses(
-            _address(config.host, grpc_port), _address(config.admin_host, admin_port), _address(config.host, http_port)
+            address(config.host, grpc_port), address(config.admin_host, admin_port), address(config.host, http_port)
         )
 
     async def wait_engine_dead(self) -> str:
@@ -100,28 +118,21 @@ class Server:
 
     async def drain(self, skip: asyncio.Event) -> None:
         """Take no new calls; return when the running ones have ended, at the latest after the drain timeout."""
-        self._gate.state = ServerState.DRAINING
-        self._metrics.set_draining(True)
-        await self._health.set_ready(False)
-        logger.info("draining: %d calls are running", self._gate.num_inside)
-        waits = [asyncio.create_task(self._gate.wait_empty()), asyncio.create_task(skip.wait())]
-        try:
-            await asyncio.wait(waits, timeout=self._config.drain_timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        if self._gate.num_inside:
-            logger.warning("ending %d calls that did not finish in time", self._gate.num_inside)
-            self._client.fail_requests(Unavailable("the server stopped before the end", reason="DRAINING"))
+        await self._drain.begin()
+        await self._drain.finish(self._config.drain_delay_seconds, self._config.drain_timeout_seconds, skip)
 
     async def stop(self) -> None:
-        """Close the ports, end the engine."""
+        """Close the ports, end the engine. What is being sent has `STOP_GRACE_SECONDS` to arrive."""
         if self._client.dead.done():
             await self._health.set_alive(False)
-            await self._health.set_ready(False)
         try:
+            if self._watching is not None:
+                self._watching.cancel()
             await asyncio.gather(self._public.stop(STOP_GRACE_SECONDS), self._admin.stop(STOP_GRACE_SECONDS))
             await self._http.stop()
+            if self._watching is not None:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._watching
         finally:
             await self._client.stop()
 
@@ -131,11 +142,12 @@ class Server:
             self._client,
             self._gate,
             root=config.adapters_root,
-            base_model=self._model_name,
+            base_model=config.model_name,
             max_adapters=config.engine.max_adapters,
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._public)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._admin)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(self._service, self._admin)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.public, self._public)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.admin, self._admin)
         reflection.enable_server_reflection(
@@ -181,32 +193,6 @@ async def _first(task: asyncio.Task[object], other: asyncio.Task[bool]) -> bool:
     with contextlib.suppress(asyncio.CancelledError):
         await loser
     return is_first
-
-
-def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
-    """Misspelt keys are ignored by gRPC without a word, so these are copied from its own headers."""
-    return [
-        ("grpc.max_receive_message_length", config.max_receive_bytes),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ("grpc.http2.max_ping_strikes", 5),
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.so_reuseport", 0),
-    ]
-
-
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    try:
-        bound: int = server.add_insecure_port(_address(host, port))
-    except RuntimeError as error:
-        message = f"cannot listen on {_address(host, port)}: is the port taken?"
-        raise Precondition(message, reason="PORT_TAKEN") from error
-    return bound
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _require_fast_protobuf() -> None:

@@ -51,7 +51,7 @@ def status_of(error: GraftError) -> status_pb2.Status:
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: GraftError) -> None:
     """End the call with this error; never returns."""
     status = status_of(error)
-    trailers = ((DETAILS_KEY, status.SerializeToString()),)
+    trailers = (*(context.trailing_metadata() or ()), (DETAILS_KEY, status.SerializeToString()))
     await context.abort(code_of(error.kind), status.message, trailers)
 
 

@@ -53,6 +53,13 @@ def _add(engine: Engine, request_id: int, prompt: list[int], *, new: int = 4, de
     engine.submit(AddRequest(RequestId(request_id), prompt, sampling, adapter, deadline))
 
 
+def test_the_stats_of_a_step_tell_how_many_tokens_it_computed(engine: Engine) -> None:
+    _add(engine, 1, [5, 6, 7], new=4)
+    _add(engine, 2, [5, 6, 7, 8, 9], new=2)
+    seen = [event.stats.iteration_tokens for event in _run(engine) if isinstance(event, StepOutputs)]
+    assert seen == [3 + 5, 2, 1, 1]
+
+
 def test_a_request_ends_with_its_last_token(engine: Engine) -> None:
     _add(engine, 1, [5, 6, 7])
     outputs = _outputs(_run(engine), 1)
@@ -120,3 +127,24 @@ def test_a_seed_gives_the_same_tokens_alone_and_among_others(engine: Engine) -> 
     _add(engine, 1, [5, 6, 7], new=12, temperature=1.5, seed=3)
     together = [output.token_id for output in _outputs(_run(engine), 1)]
     assert alone == together
+
+
+def test_the_stats_count_each_step_s_tokens_and_estimate_the_wait(engine: Engine) -> None:
+    """Six prompts of 30 tokens with four seats: every token is counted once, and two requests wait for a while."""
+    for request_id in range(6):
+        _add(engine, request_id, [5] * 30, new=5)
+    stats = [event.stats for event in _run(engine) if isinstance(event, StepOutputs)]
+    assert sum(item.iteration_tokens for item in stats) == 6 * (30 + 5 - 1)
+    waits = [item.estimated_wait_seconds for item in stats]
+    assert waits[0] > 0 and waits[-1] == 0
+    assert all((item.estimated_wait_seconds > 0) == (item.waiting > 0) for item in stats)
+    engine.step()
+    assert engine.stats().iteration_tokens == 0
+
+
+def test_an_id_that_is_still_in_use_is_refused(engine: Engine) -> None:
+    _add(engine, 1, [5, 6])
+    _add(engine, 1, [5, 6, 7])
+    events = _run(engine)
+    assert [event.reason for event in events if isinstance(event, RequestFailed)] == ["DUPLICATE_REQUEST_ID"]
+    assert len(_outputs(events, 1)) == 4

@@ -129,6 +129,104 @@ def test_sequences_end_for_each_reason_and_give_their_blocks_back() -> None:
     assert not scheduler.sequences() and not scheduler.can_run()
 
 
+def test_paused_sequences_are_passed_over_in_every_stage() -> None:
+    scheduler = _scheduler(tokens=16)
+    decoding, prefilling, waiting = _add(scheduler, 1, 4), _add(scheduler, 2, 40), _add(scheduler, 3, 4)
+    _run(scheduler)
+    for sequence in (decoding, prefilling, waiting):
+        scheduler.pause(sequence, paused=True)
+    assert scheduler.running == [decoding, prefilling] and list(scheduler.waiting) == [waiting]
+    assert not scheduler.can_run() and not scheduler.is_running and scheduler.schedule() is None
+    held = [list(sequence.blocks) for sequence in (decoding, prefilling)]
+    scheduler.pause(prefilling, paused=False)
+    assert [chunk.request_id for chunk in _run(scheduler).chunks] == [2]
+    scheduler.pause(waiting, paused=False)
+    scheduler.pause(decoding, paused=False)
+    batch = _schedule(scheduler)
+    assert {chunk.request_id: chunk.start for chunk in batch.chunks} == {1: 4, 2: 28, 3: 0}
+    assert [decoding.blocks[:1], prefilling.blocks] == held
+
+
+def test_a_paused_sequence_is_preempted_before_younger_ones() -> None:
+    scheduler = _scheduler(tokens=64, blocks=6)
+    old, stalled, young = (_add(scheduler, request, 7, new=20) for request in (1, 2, 3))
+    _run(scheduler)
+    scheduler.pause(stalled, paused=True)
+    while not scheduler.num_preemptions:
+        _run(scheduler)
+    assert scheduler.running == [old, young] and list(scheduler.waiting) == [stalled]
+    assert scheduler.can_run()
+    _run(scheduler)
+    assert list(scheduler.waiting) == [stalled]
+
+
+def test_blocks_of_paused_sequences_go_to_waiting_ones_only_if_they_suffice() -> None:
+    scheduler = _scheduler(tokens=64, blocks=8)
+    running, stalled = _add(scheduler, 1, 8, new=20), _add(scheduler, 2, 16)
+    _run(scheduler)
+    scheduler.pause(stalled, paused=True)
+    too_large = _add(scheduler, 3, 28)
+    _run(scheduler)
+    assert scheduler.running == [running, stalled] and not scheduler.num_preemptions
+    scheduler.remove(too_large)
+    fitting = _add(scheduler, 4, 20)
+    _run(scheduler)
+    assert scheduler.running == [running, fitting] and list(scheduler.waiting) == [stalled]
+
+
+def test_paused_sequences_take_no_seat_and_more_than_the_seats_never_run() -> None:
+    scheduler = _scheduler(tokens=64, size=2)
+    first, second = _add(scheduler, 1, 3), _add(scheduler, 2, 3)
+    _run(scheduler)
+    scheduler.pause(first, paused=True)
+    _add(scheduler, 3, 3)
+    _add(scheduler, 4, 3)
+    assert [chunk.request_id for chunk in _run(scheduler).chunks] == [2, 3]
+    scheduler.pause(first, paused=False)
+    assert [chunk.request_id for chunk in _run(scheduler).chunks] == [1, 2]
+    assert second in scheduler.running and len(scheduler.running) == 3
+
+
+def test_prompt_targets_cover_each_token_once_in_chunks_and_after_preemption() -> None:
+    scheduler = _scheduler(tokens=8)
+    params = SamplingParams(max_new_tokens=3, score_prompt=True, num_top_tokens=2)
+    prompt = list(range(100, 120))
+    sequence = Sequence.from_request(AddRequest(RequestId(1), prompt, params), None)
+    scheduler.add(sequence)
+    scored: list[int] = []
+    for step in range(7):
+        chunk = _schedule(scheduler).chunks[0]
+        if chunk.targets is not None:
+            first = chunk.start + chunk.targets.first_row + 1
+            assert prompt[first : first + len(chunk.targets.token_ids)] == chunk.targets.token_ids
+            assert chunk.targets.num_top_tokens == 2
+            scored += chunk.targets.token_ids
+        scheduler.update(Batch([chunk]), [8] * chunk.samples)
+        if step == 1:
+            scheduler._preempt(sequence)
+    assert scored == prompt[1:]
+    assert not scheduler.sequences()
+
+
+def test_the_wait_is_estimated_from_those_who_only_lack_a_seat() -> None:
+    scheduler = _scheduler(tokens=64, size=1)
+    assert scheduler.estimated_wait_seconds() == 0
+    loading, paused = _add(scheduler, 1, 3, slot=0), _add(scheduler, 2, 3)
+    scheduler.remove(loading)
+    assert loading.adapter is not None
+    loading.adapter.state = AdapterState.LOADING
+    scheduler.add(loading)
+    scheduler.pause(paused, paused=True)
+    _add(scheduler, 3, 3)
+    _run(scheduler)
+    assert len(scheduler.waiting) == 2 and scheduler.estimated_wait_seconds() == 0
+    scheduler.pause(paused, paused=False)
+    _run(scheduler)
+    assert scheduler.estimated_wait_seconds() > 0
+    loading.adapter.state = AdapterState.FAILED
+    assert scheduler.settle_awaiting() == [loading] and scheduler.settle_awaiting() == []
+
+
 def test_a_guided_sequence_is_passed_by_while_its_guide_is_not_due() -> None:
     scheduler = _scheduler()
     guided = _add(scheduler, 1, 3)

@@ -28,6 +28,7 @@ from runtime.engine.messages import (
     FinishReason,
     ListAdapters,
     LoadAdapter,
+    PauseRequest,
     RequestFailed,
     SequenceOutput,
     StepOutputs,
@@ -44,10 +45,14 @@ class FakeSequence:
     request: AddRequest
     tokens: list[int]
     num_done: int = 0
+    paused: bool = False
 
 
 class FakeEngine:
-    """Same interface as `runtime.engine.engine.Engine`; each step takes FAKE_STEP_SECONDS."""
+    """Same interface as `runtime.engine.engine.Engine`; each step takes FAKE_STEP_SECONDS.
+
+    It says that a new request waits FAKE_WAIT_SECONDS for each that runs.
+    """
 
     def __init__(self, config: EngineConfig, progress: Callable[[int, int], None]) -> None:
         progress(1, 1)
@@ -55,9 +60,12 @@ class FakeEngine:
             raise RuntimeError("no luck with 13 tokens")
         if config.max_model_len == 14:
             raise ValueError("max_model_len = 14 is out of range")
-        self.ready = EngineReady("deepseek_v3", config.max_model_len or MAX_MODEL_LEN, 1024, 1, 4096, 1 << 30)
+        max_model_len = config.max_model_len or MAX_MODEL_LEN
+        self.ready = EngineReady("deepseek_v3", max_model_len, 1024, 1, 4096, 1 << 30, "float32")
         self._eos = json.loads((config.model_path / "config.json").read_text())["eos_token_id"]
         self._step_seconds = float(os.environ.get("FAKE_STEP_SECONDS", "0"))
+        self._wait_seconds = float(os.environ.get("FAKE_WAIT_SECONDS", "0"))
+        self._num_steps = 0
         self._inbox: list[Command] = []
         self._wake = threading.Condition()
         self._running: dict[int, FakeSequence] = {}
@@ -71,7 +79,7 @@ class FakeEngine:
             self._wake.notify()
 
     def has_work(self) -> bool:
-        return bool(self._running or self._inbox)
+        return bool(self._inbox) or any(not sequence.paused for sequence in self._running.values())
 
     def wait_for_work(self, timeout_seconds: float) -> bool:
         with self._wake:
@@ -84,16 +92,22 @@ class FakeEngine:
         with self._wake:
             inbox, self._inbox = self._inbox, []
         events = [event for command in inbox for event in self._obey(command)]
-        if self._running:
+        batch = [sequence for sequence in self._running.values() if not sequence.paused]
+        if batch:
             time.sleep(self._step_seconds)
-        outputs = [self._advance(sequence) for sequence in list(self._running.values())]
-        return [*events, StepOutputs(outputs, self.stats())] if outputs else events
+            self._num_steps += 1
+        outputs = [self._advance(sequence) for sequence in batch]
+        stats = replace(self.stats(), iteration_tokens=len(outputs))
+        return [*events, StepOutputs(outputs, stats)] if outputs else events
 
     def stats(self) -> EngineStats:
         num_adapters = len(self._adapters)
         return EngineStats(
             running=len(self._running),
+            paused=sum(sequence.paused for sequence in self._running.values()),
             kv_tokens_total=4096,
+            steps=self._num_steps,
+            estimated_wait_seconds=self._wait_seconds * len(self._running),
             adapters_resident=num_adapters,
             adapter_device_bytes=1000 * num_adapters,
         )
@@ -127,6 +141,9 @@ class FakeEngine:
                 return self._add(command)
             case CancelRequest(request_id):
                 self._running.pop(request_id, None)
+            case PauseRequest(request_id, paused):
+                if (sequence := self._running.get(request_id)) is not None:
+                    sequence.paused = paused
             case LoadAdapter():
                 return [self._load(command)]
             case UnloadAdapter(call_id, name, allow_missing):

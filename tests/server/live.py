@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from pathlib import Path
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from runtime.env import child_environment
 from runtime.pb.fmaas import generation_pb2 as pb
 from runtime.pb.fmaas.generation_pb2_grpc import GenerationServiceStub
 from runtime.pb.graft.admin.v1.adapters_pb2_grpc import AdapterServiceStub
+from runtime.pb.graft.admin.v1.server_pb2_grpc import ServerServiceStub
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO_MODEL = REPOSITORY / "runtime" / "demo" / "model"
@@ -40,10 +43,16 @@ class LiveServer:
         self._error_reader.start()
 
     @classmethod
-    def fake(cls, adapters_root: Path, *settings: str, step_seconds: float = 0.0) -> LiveServer:
-        """The real front-end with an engine that echoes; each of its steps takes `step_seconds`."""
+    def fake(
+        cls, adapters_root: Path, *settings: str, step_seconds: float = 0.0, wait_seconds: float = 0.0
+    ) -> LiveServer:
+        """The real front-end with an engine that echoes.
+
+        Each of its steps takes `step_seconds`; it says that a new request waits `wait_seconds` for each that runs.
+        """
         script = str(REPOSITORY / "tests" / "server" / "serve_fake.py")
         environment = {**child_environment(), "FAKE_STEP_SECONDS": str(step_seconds)}
+        environment["FAKE_WAIT_SECONDS"] = str(wait_seconds)
         environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environment["PYTHONPATH"]])
         return cls([sys.executable, script, str(DEMO_MODEL), str(adapters_root), *settings], environment)
 
@@ -51,8 +60,8 @@ class LiveServer:
     def demo(cls, adapters_root: Path, *flags: str) -> LiveServer:
         """`graft serve` with the bundled model."""
         ports = ("--grpc-port", "0", "--admin-port", "0", "--http-port", "0")
-        command = ["-m", "runtime.cli", "serve", str(DEMO_MODEL), "--adapters-root", str(adapters_root), *ports, *flags]
-        return cls([sys.executable, *command], child_environment())
+        command = ["-m", "runtime.cli", "serve", str(DEMO_MODEL), "--adapters-root", str(adapters_root), *ports]
+        return cls([sys.executable, *command, "--drain-delay", "0", *flags], child_environment())
 
     def __enter__(self) -> LiveServer:
         match = READY.match(self.process.stdout.readline())
@@ -65,6 +74,7 @@ class LiveServer:
         self.admin_channel = grpc.insecure_channel(self.admin_address)
         self.generation = GenerationServiceStub(self.channel)
         self.adapters = AdapterServiceStub(self.admin_channel)
+        self.admin = ServerServiceStub(self.admin_channel)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -124,3 +134,16 @@ def refused(call: Callable[[], object]) -> tuple[grpc.StatusCode, str, str]:
         elif detail.Unpack(request):
             field = request.field_violations[0].field
     return caught.value.code(), reason, field
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 3.0) -> bool:
+    """Whether the condition comes true in time."""
+    end = time.monotonic() + seconds
+    while not (held := condition()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return held
+
+
+def health(channel: grpc.Channel, service: str) -> int:
+    """SERVING or NOT_SERVING."""
+    return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status

@@ -94,3 +94,4 @@ def test_a_table_aligns_words_left_and_numbers_right() -> None:
         "a          1",
         "bcdef  1,000",
     ]
+    assert list(table(("N",), [("1,000",), ("-",)])) == ["    N", "1,000", "    -"]

@@ -96,12 +96,11 @@ async def client() -> AsyncIterator[EngineClient]:
 
 async def test_a_killed_engine_fails_what_runs_and_refuses_what_comes(client: EngineClient) -> None:
     stream = client.add([5, 6], SamplingParams(max_new_tokens=10**9, min_new_tokens=10**9), None, None)
-    outputs = aiter(stream)
-    await anext(outputs)
+    await stream.take()
     os.kill(client._process.pid, signal.SIGKILL)
     with pytest.raises(Internal):
         while True:
-            await anext(outputs)
+            await stream.take()
     assert await asyncio.wait_for(asyncio.shield(client.dead), 5) == "the engine process ended"
     with pytest.raises(Unavailable):
         client.add([5], SamplingParams(max_new_tokens=1), None, None)
@@ -111,7 +110,7 @@ async def test_a_killed_engine_fails_what_runs_and_refuses_what_comes(client: En
 
 async def test_a_closed_stream_is_cancelled_in_the_engine(client: EngineClient) -> None:
     stream = client.add([5, 6], SamplingParams(max_new_tokens=10**9, min_new_tokens=10**9), None, None)
-    await anext(aiter(stream))
+    await stream.take()
     assert client.stats.running == 1
     stream.close()
     for _ in range(100):

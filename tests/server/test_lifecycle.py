@@ -6,17 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from runtime.pb.fmaas import generation_pb2 as pb
 from runtime.pb.graft.admin.v1 import adapters_pb2 as admin_pb
-from tests.server.live import LiveServer, refused
+from tests.server.live import LiveServer, eventually, health, refused
 
 STEP_SECONDS = 0.01
 LONG = {"max_new_tokens": 200, "min_new_tokens": 200}  # two seconds
@@ -32,19 +31,6 @@ def slow(adapters_root: Path) -> Iterator[LiveServer]:
 def doomed(adapters_root: Path) -> Iterator[LiveServer]:
     with LiveServer.fake(adapters_root, "drain_timeout_seconds=20.0", step_seconds=STEP_SECONDS) as live:
         yield live
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 3.0) -> bool:
-    """Whether the condition comes true in time."""
-    end = time.monotonic() + seconds
-    while not (held := condition()) and time.monotonic() < end:
-        time.sleep(0.02)
-    return held
-
-
-def health(channel: grpc.Channel, service: str) -> int:
-    """SERVING or NOT_SERVING."""
-    return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status
 
 
 def test_a_time_limit_ends_a_request_normally_with_what_it_has(slow: LiveServer) -> None:
@@ -129,7 +115,7 @@ def test_a_second_sigterm_ends_running_requests_at_once(doomed: LiveServer) -> N
     doomed.process.send_signal(signal.SIGTERM)
     assert eventually(lambda: doomed.metric("graft_draining") == 1)
     doomed.process.send_signal(signal.SIGTERM)
-    assert refused(lambda: list(call))[:2] == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+    assert refused(lambda: list(call))[:2] == (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPED")
     assert doomed.process.wait(5) == 0
 
 

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Missing associated documentation comment in .proto file."""
+    """Text generation. A call names the adapter that answers it; without one the base does.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -57,31 +58,33 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Text generation. A call names the adapter that answers it; without one the base does.
+    """
 
     def Generate(self, request, context):
-        """Generates text for one or more prompts.
+        """Generates text for one or more prompts, and answers when all of them are done. One error is the error of all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Generates text for one prompt and streams it.
+        """Generates text for one prompt and streams it: first a message with the input's count and details, without new
+        text; then the text piece by piece, never half a character; `stop_reason` comes with the last message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Splits texts into tokens.
+        """Splits texts into tokens, as Generate would.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelInfo(self, request, context):
-        """Tells the kind and the limits of the model.
+        """Tells the kind of model and the limits that clients ask for most. All limits: GetServerInfo on the admin port.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,7 +122,8 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Missing associated documentation comment in .proto file."""
+    """Text generation. A call names the adapter that answers it; without one the base does.
+    """
 
     @staticmethod
     def Generate(request,

@@ -168,17 +168,17 @@ def test_unguided_neighbours_keep_every_token_and_guided_requests_are_as_alone(
 def test_a_guided_request_goes_on_rightly_after_it_was_preempted(tokenizer: Tokenizer) -> None:
     prompt = tokenizer.encode("Anna")
     texts = {}
-    for kv_tokens in (4096, 128):
-        config = EngineConfig(demo.MODEL_DIR, dtype="float32", max_model_len=128, kv_cache_tokens=kv_tokens,
-                              kv_block_tokens=4, max_batch_size=8)  # fmt: skip
+    for kv_tokens in (4096, 64):
+        config = EngineConfig(demo.MODEL_DIR, dtype="float32", max_model_len=64, kv_cache_tokens=kv_tokens,
+                              kv_block_tokens=4, max_batch_size=6)  # fmt: skip
         with driven_engine(config) as driver:
-            items = [_add(driver, prompt, _params(spec, seed, sampled=True, limit=100))
-                     for seed, spec in enumerate(SPECS[:2] * 4)]  # fmt: skip
+            items = [_add(driver, prompt, _params(spec, seed, sampled=True, limit=40))
+                     for seed, spec in enumerate(SPECS + SPECS)]  # fmt: skip
             driver.run()
             texts[kv_tokens] = [item.outcome.tokens for item in items]
-            assert (driver.stats.preemptions > 0) == (kv_tokens == 128)
+            assert (driver.stats.preemptions > 0) == (kv_tokens == 64)
             assert driver.stats.kv_tokens_used == 0 and driver.engine.guides.num_open == 0
-    assert texts[4096] == texts[128]
+    assert texts[4096] == texts[64]
 
 
 def test_a_lost_process_is_replaced_and_the_texts_are_the_same(driver: Driver, tokenizer: Tokenizer) -> None:
@@ -192,7 +192,7 @@ def test_a_lost_process_is_replaced_and_the_texts_are_the_same(driver: Driver, t
         driver.step()
     driver.run()
     assert [item.outcome.tokens for item in again] == [item.outcome.tokens for item in items]
-    assert driver.engine.guides._follow_lane._process.num_starts >= 3
+    assert driver.engine.guides._follow_lane._process.num_starts >= 2
 
 
 def _has_mask(driver: Driver, item: Guided) -> bool:

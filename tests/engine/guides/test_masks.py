@@ -88,9 +88,10 @@ def test_masks_equal_brute_force_on_a_small_vocabulary(
 
 def test_choices_are_reached_whatever_is_in_them(small: tuple[Follower, dict[int, str]]) -> None:
     """Every choice, token by token as the tokenizer cuts it, and an end where it is complete and nowhere else."""
-    choices = ["a", "ab", "abc", 'say "hi"', "a\\b", "\\", '"', "two\nlines", "\r\n", "tab\t", "\x00", "\x7f", "é",
-               "漢字", "😀", "\U0001f469\u200d\U0001f467", "e\u0301", "\u2028", "\ufeff", "//", "#", "|", "~a",
-               "%json {}", "<[1]>", "/a/i", "${x}", " ", "  ", "\\u0041", "'", "", "A" * 500]  # fmt: skip
+    choices = ["a", "ab", "abc", 'say "hi"', "a\\b", "\\", '"', "two\nlines", "\r\n", "tab\t", "\x00", "\x7f",
+               "é", "漢字", "😀",
+               "\U0001f469\u200d\U0001f467", "e\u0301", "\u2028", "\ufeff", "//", "#", "|", "~a", "%json {}",
+               "<[1]>", "/a/i", "${x}", " ", "  ", "\\u0041", "'", "", "A" * 500]  # fmt: skip
     tokenizer = Tokenizer.from_dir(demo.MODEL_DIR)
     spec = GuideSpec(GuideKind.CHOICE, json.dumps(choices))
     with following() as follower:

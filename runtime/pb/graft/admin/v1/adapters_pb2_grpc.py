@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AdapterServiceStub:
-    """Missing associated documentation comment in .proto file."""
+    """The adapters that requests may name.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -57,7 +58,8 @@ class AdapterServiceStub:
 
 
 class AdapterServiceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """The adapters that requests may name.
+    """
 
     def LoadAdapter(self, request, context):
         """Loads an adapter while requests run; returns when requests may name it. Repeating the call with the same bytes
@@ -75,13 +77,15 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetAdapter(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Tells everything about one adapter.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Tells everything about all adapters, in pages, and what they use together.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -118,7 +122,8 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService:
-    """Missing associated documentation comment in .proto file."""
+    """The adapters that requests may name.
+    """
 
     @staticmethod
     def LoadAdapter(request,

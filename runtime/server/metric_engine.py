@@ -1,0 +1,33 @@
+"""What the engine tells of itself, read from its latest stats when they are scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from runtime.engine.messages import EngineStats
+from runtime.server.metric_series import MODEL_LABEL, PREFIX
+
+
+def engine_families(model_name: str, stats: EngineStats) -> Iterator[Metric]:
+    """One family for each number; the ones of adapter memory carry the tier."""
+    gauges = {
+        "requests_running": ("Sequences in the batch", stats.running),
+        "requests_waiting": ("Sequences waiting for a place", stats.waiting),
+        "kv_cache_usage_ratio": ("Used share of the KV cache", stats.kv_tokens_used / max(1, stats.kv_tokens_total)),
+        "adapters_resident": ("Adapters in device memory", stats.adapters_resident),
+    }
+    for name, (text, value) in gauges.items():
+        gauge = GaugeMetricFamily(PREFIX + name, text, labels=[MODEL_LABEL])
+        gauge.add_metric([model_name], value)
+        yield gauge
+    preemptions = CounterMetricFamily(
+        f"{PREFIX}preemptions", "Sequences put back because KV blocks ran out", labels=[MODEL_LABEL]
+    )
+    preemptions.add_metric([model_name], stats.preemptions)
+    yield preemptions
+    tiers = GaugeMetricFamily(f"{PREFIX}adapter_bytes", "Bytes of loaded adapters", labels=[MODEL_LABEL, "tier"])
+    tiers.add_metric([model_name, "device"], stats.adapter_device_bytes)
+    tiers.add_metric([model_name, "host"], stats.adapter_host_bytes)
+    yield tiers
