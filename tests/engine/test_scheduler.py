@@ -5,9 +5,10 @@ from __future__ import annotations
 from runtime.adapters.info import AdapterState
 from runtime.adapters.registry import AdapterRecord
 from runtime.engine.batch import Batch
+from runtime.engine.guides.guide import Guide
 from runtime.engine.kv_cache import BlockPool
 from runtime.engine.messages import AddRequest, FinishReason, RequestId
-from runtime.engine.sampling_params import SamplingParams
+from runtime.engine.sampling_params import GuideKind, GuideSpec, SamplingParams
 from runtime.engine.scheduler import Scheduler, SchedulerLimits
 from runtime.engine.sequence import Sequence
 
@@ -224,3 +225,32 @@ def test_the_wait_is_estimated_from_those_who_only_lack_a_seat() -> None:
     assert scheduler.estimated_wait_seconds() > 0
     loading.adapter.state = AdapterState.FAILED
     assert scheduler.settle_awaiting() == [loading] and scheduler.settle_awaiting() == []
+
+
+def test_a_guided_sequence_is_passed_by_while_its_guide_is_not_due() -> None:
+    scheduler = _scheduler()
+    guided = _add(scheduler, 1, 3)
+    guided.guide = Guide(1, RequestId(1), GuideSpec(GuideKind.REGEX, "a"))
+    assert not scheduler.can_run() and scheduler.schedule() is None
+    guided.guide.allow(b"\xff")
+    assert [chunk.request_id for chunk in _run(scheduler).chunks] == [1]
+    guided.guide.ask(0.0)
+    assert [chunk.request_id for chunk in _run(scheduler).chunks] == [1]
+    guided.guide.ask(1.0)
+    guided.guide.is_slow = True
+    _add(scheduler, 2, 3)
+    assert [chunk.request_id for chunk in _run(scheduler).chunks] == [2]
+    assert guided in scheduler.running
+
+
+def test_a_row_that_gave_no_token_is_computed_again_from_its_last_token() -> None:
+    scheduler = _scheduler(tokens=8)
+    sequences = [_add(scheduler, 1, 6), _add(scheduler, 2, 2)]
+    batch = _schedule(scheduler)
+    scheduler.update(batch.sampling_only({RequestId(2)}), [8])
+    assert [sequence.num_generated for sequence in sequences] == [0, 1]
+    chunk = next(chunk for chunk in _run(scheduler).chunks if chunk.request_id == RequestId(1))
+    assert chunk.token_ids == [9] and chunk.start == 5 and chunk.samples
+    decode = _schedule(scheduler)
+    scheduler.update(decode.sampling_only(set()), [])
+    assert [chunk.token_ids for chunk in _schedule(scheduler).chunks] == [chunk.token_ids for chunk in decode.chunks]

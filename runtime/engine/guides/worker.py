@@ -57,7 +57,9 @@ def main(arguments: Sequence[str]) -> int:
 def _limit(setup: WorkerSetup) -> None:
     os.nice(setup.niceness)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (setup.max_memory_bytes, setup.max_memory_bytes))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    num_bytes = setup.max_memory_bytes if hard == resource.RLIM_INFINITY else min(setup.max_memory_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, hard))
 
 
 def _do(matchers: Matchers, job: Job) -> Answer | None:
