@@ -73,8 +73,7 @@ def test_paused_requests_take_no_seat_and_give_up_their_blocks_first(base: Oracl
     for request_id in stalled:
         driver.pause(request_id, paused=True)
     others = [driver.add(base.prompt(40, seed=seed), max_new_tokens=30) for seed in range(2, 4)]
-    while not all(driver.outcomes[request_id].ended for request_id in others):
-        driver.step()
+    driver.run(others)
     assert driver.stats.preemptions >= 1
     assert not driver.engine.has_work()
     for request_id in stalled:

@@ -84,6 +84,16 @@ def test_a_seed_gives_the_same_draws_and_another_seed_others() -> None:
     assert first == again != other
 
 
+def test_plain_greedy_rows_are_not_even_copied() -> None:
+    """They share one argmax over the model's own logits, whatever the neighbours' details."""
+    logits = torch.stack([_logits(seed) for seed in range(32)])
+    sequences = [_sequence(_params(logprobs=row % 2 == 0, top_k=row, top_p=0.5), generated=3) for row in range(32)]
+    sampler = Sampler(frozenset(EOS))
+    assert sampler.process(logits, sequences) is logits
+    tokens = [token.token_id for token in sampler.sample(logits, sequences)]
+    assert tokens == logits.argmax(-1).tolist()
+
+
 def test_penalties_and_the_least_length_act_on_greedy_requests_too() -> None:
     logits = torch.zeros(VOCABULARY)
     logits[[5, 9, EOS[0]]] = torch.tensor([4.0, 3.0, 5.0])

@@ -154,10 +154,10 @@ def test_a_paused_sequence_is_preempted_before_younger_ones() -> None:
     scheduler.pause(stalled, paused=True)
     while not scheduler.num_preemptions:
         _run(scheduler)
+    assert scheduler.num_preemptions == 1
     assert scheduler.running == [old, young] and list(scheduler.waiting) == [stalled]
-    assert scheduler.can_run()
     _run(scheduler)
-    assert list(scheduler.waiting) == [stalled]
+    assert scheduler.can_run() and list(scheduler.waiting) == [stalled]
 
 
 def test_blocks_of_paused_sequences_go_to_waiting_ones_only_if_they_suffice() -> None:

@@ -132,9 +132,12 @@ class Driver:
         for event in self.engine.step():
             self._take(event)
 
-    def run(self, timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> None:
-        """Step until every request has ended."""
-        self._until(lambda: all(outcome.ended for outcome in self.outcomes.values()), timeout_seconds)
+    def run(
+        self, request_ids: Sequence[RequestId] | None = None, timeout_seconds: float = CALL_TIMEOUT_SECONDS
+    ) -> None:
+        """Step until these requests have ended, or all."""
+        waited_for = list(self.outcomes) if request_ids is None else request_ids
+        self._until(lambda: all(self.outcomes[request_id].ended for request_id in waited_for), timeout_seconds)
 
     def generate(self, prompt_ids: Sequence[int], *, adapter: str | None = None, max_new_tokens: int = 16) -> Outcome:
         """Run one request to its end, with whatever else is under way."""
