@@ -42,7 +42,9 @@ def main(kind: str, step_seconds: str, *flags: str) -> int:
         return 0
     os.environ[STEP_SECONDS] = step_seconds
     engine = EngineConfig(demo.MODEL_DIR)
-    config = ServerConfig(engine, grpc_port=0, admin_port=0, http_port=0, max_new_tokens_limit=NO_LIMIT)
+    config = ServerConfig(
+        engine, grpc_port=0, admin_port=0, http_port=0, max_new_tokens_limit=NO_LIMIT, drain_delay_seconds=0.0
+    )
     serving = serve(config, on_ready=lambda a: _say_ready(a.grpc), engine_class="benchmarks.paced_engine:PacedEngine")
     with _profile(on="--profile" in flags):
         return event_loop.run(serving)
