@@ -1,7 +1,7 @@
 """The program of a guide process: `python -m runtime.engine.guides.worker FD`.
 
-llguidance bounds what a grammar may cost, but some grammars get past its bounds (`docs/architecture.md`), in time and
-in memory. It therefore runs here, where the kernel ends what takes too much, and where nothing else is lost.
+llguidance bounds what a grammar may cost, but some grammars get past its bounds, in time and in memory
+(`docs/guided-decoding.md`). So it runs here, where the kernel ends what takes too much, and where nothing else is lost.
 """
 
 from __future__ import annotations
