@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from runtime.demo import ADAPTERS_DIR
 from runtime.pb.fmaas import generation_pb2 as pb
 from runtime.pb.graft.admin.v1 import adapters_pb2 as admin_pb
+from runtime.pb.graft.admin.v1 import server_pb2 as server_pb
 from tests.server.live import LiveServer
 
 ADAPTER = "date-iso"
@@ -155,3 +156,15 @@ def test_any_admin_request(server: LiveServer, data: st.DataObject) -> None:
     code = _code(lambda: getattr(server.adapters, method.name)(request, timeout=SECONDS))
     assert code in {grpc.StatusCode.OK, *ADMIN_CODES}
     assert server.generate("x", ADAPTER, stopping={"max_new_tokens": 1}).generated_token_count == 1
+
+
+@settings(QUICK, max_examples=40)
+@given(data=st.data())
+def test_any_request_about_the_server(server: LiveServer, data: st.DataObject) -> None:
+    """All but Drain, after which no request would be answered; an empty Abort or one for nobody ends nothing."""
+    methods = {method.name: method for method in server_pb.DESCRIPTOR.services_by_name["ServerService"].methods}
+    method = data.draw(st.sampled_from([methods[name] for name in sorted(methods.keys() - {"Drain"})]))
+    request = data.draw(messages(method.input_type))
+    code = _code(lambda: getattr(server.admin, method.name)(request, timeout=SECONDS))
+    assert code in {grpc.StatusCode.OK, *ADMIN_CODES}
+    assert _serves(server)
