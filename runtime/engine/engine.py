@@ -159,7 +159,8 @@ class Engine:
             if request.adapter is not None:
                 adapter = self.adapters.acquire(request.adapter)
         except GraftError as error:
-            error.field = error.field or "adapter_id"
+            if isinstance(error, NotFound):
+                error.field = "adapter_id"  # only the name is known where the adapter was looked up
             self._fail(request.request_id, error)
             return
         self._num_prompt_tokens += len(request.prompt_ids)

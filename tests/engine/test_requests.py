@@ -85,6 +85,7 @@ def test_a_bad_request_is_refused_and_the_next_is_answered(
     events = _run(engine)
     failed = [event for event in events if isinstance(event, RequestFailed)]
     assert [(event.request_id, event.reason) for event in failed] == [(1, reason)]
+    assert failed[0].field == ("adapter_id" if adapter else "text")
     assert len(_outputs(events, 2)) == 4
 
 
@@ -93,7 +94,7 @@ def test_a_full_queue_refuses_with_the_numbers(engine: Engine) -> None:
         _add(engine, request_id, [5, 6])
     events = _run(engine)
     failed = [event for event in events if isinstance(event, RequestFailed)]
-    assert {event.reason for event in failed} == {"QUEUE_FULL"}
+    assert {(event.reason, event.field) for event in failed} == {("QUEUE_FULL", "")}
     assert len(failed) == 20 - 6
 
 
