@@ -64,7 +64,7 @@ def library_error(message: str) -> GuideError:
     is_limit = any(words in message for words in _LIMIT_WORDS)
     lines = [line.strip() for line in message.replace("<non-verbose/>", "").splitlines()]
     told = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
-    told = NOTHING_FOLLOWS if told.startswith("NoExtension") else told
+    told = NOTHING_FOLLOWS if told.startswith("NoExtension") else told.split("; either increase")[0]
     return GuideError("GUIDE_TOO_COMPLEX" if is_limit else "GUIDE_INVALID", shorten(told))
 
 

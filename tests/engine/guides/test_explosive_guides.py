@@ -57,7 +57,7 @@ REFUSED = {
     "every script": (REGEX, r"(\p{L}|\p{N}|\p{P})*" * 780),
     "a billion letters": (REGEX, "a{1000000000}"),
     "8000 parentheses": (REGEX, "(" * 8000 + "a" + ")" * 8000),
-    "a multiple of a large prime": (SCHEMA, json.dumps({"type": "integer", "multipleOf": 1000003})),
+    "a multiple of a large prime": (SCHEMA, json.dumps({"type": "integer", "multipleOf": 1000003, "minimum": 1})),
     "all of 40 choices": (SCHEMA, _all_of(40)),
     "all of 250 patterns": (SCHEMA, _patterns(250)),
     "8000 brackets": (SCHEMA, '{"const":' + "[" * 8000 + "]" * 8000 + "}"),
