@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import socket
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -13,13 +16,17 @@ import grpc
 import pytest
 
 from benchmarks.front_end_cost import Load, cpu_clock, measure
+from runtime.config import EngineConfig
+from runtime.demo import MODEL_DIR
+from runtime.engine.transport import Connection
 from runtime.pb.fmaas import generation_pb2 as pb
 from tests.conftest import RecordNumber
+from tests.oracle.driver import driven_engine
 from tests.server.live import LiveServer
 
 NUM_STREAMS = 16
 NUM_TOKENS = 800
-WARM_UP_SECONDS, WINDOW_SECONDS, NUM_ROUNDS = 0.4, 1.5, 4
+WARM_UP_SECONDS, WINDOW_SECONDS, NUM_ROUNDS = 0.4, 1.0, 20
 
 
 def test_a_streamed_token_costs_little_more_than_grpc_itself(record_number: RecordNumber) -> None:
@@ -93,15 +100,53 @@ def _engine_us_per_step(server: LiveServer, engine_pid: int, *, streaming: bool)
     return 1e6 * seconds / steps
 
 
+@pytest.mark.slow
 def test_streaming_does_not_slow_the_engines_steps(server: LiveServer, record_number: RecordNumber) -> None:
-    """The same requests as streams and as whole answers in turn; the best window of each."""
+    """The same requests as streams and as whole answers in turn, each pair of neighbouring windows one ratio.
+
+    Neighbours on a shared machine move a window by a tenth, so this takes many pairs, and what they do not show by two
+    standard errors is not held against the engine. The next test bounds the cost itself and needs none of that.
+    """
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
     (engine_pid,) = (
         int(pid) for pid in children if b"runtime.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
-    whole, streamed = [], []
+    logs = []
     for _ in range(NUM_ROUNDS):
-        whole.append(_engine_us_per_step(server, engine_pid, streaming=False))
-        streamed.append(_engine_us_per_step(server, engine_pid, streaming=True))
-    record_number("engine: us of CPU per step of 16 requests that nobody streams", min(whole))
-    record_number("engine: step with 16 streams / without", min(streamed) / min(whole), at_most=1.03)
+        whole, streamed = (_engine_us_per_step(server, engine_pid, streaming=way) for way in (False, True))
+        logs.append(math.log(streamed / whole))
+    mean, error = statistics.fmean(logs), statistics.stdev(logs) / NUM_ROUNDS**0.5
+    record_number("engine: step with 16 streams / without", math.exp(mean))
+    record_number("engine: the same, less two standard errors", math.exp(mean - 2 * error), at_most=1.03)
+
+
+def test_handing_over_tokens_takes_a_small_part_of_a_step(record_number: RecordNumber) -> None:
+    """All that the engine does for its readers, encoding and sending each step's tokens, as a share of the step's CPU.
+
+    Both parts are clocked in one thread and one run, so what else the machine does cancels out.
+    """
+    ours, theirs = socket.socketpair()
+    reader = threading.Thread(target=_drain, args=(theirs,))
+    reader.start()
+    connection = Connection(ours)
+    step_seconds = send_seconds = 0.0
+    with driven_engine(EngineConfig(MODEL_DIR, max_model_len=512)) as driver:
+        for _ in range(NUM_STREAMS):
+            driver.add(range(2, 20), max_new_tokens=200)
+        for _ in range(120):
+            begin = time.thread_time()
+            events = driver.engine.step()
+            stepped = time.thread_time()
+            for event in events:
+                connection.send(event)
+            step_seconds += stepped - begin
+            send_seconds += time.thread_time() - stepped
+    connection.close()
+    reader.join()
+    record_number("engine: encoding and sending / computing a step of 16", send_seconds / step_seconds, at_most=0.03)
+
+
+def _drain(sock: socket.socket) -> None:
+    with sock:
+        while sock.recv(1 << 16):
+            pass
