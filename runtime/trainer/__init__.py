@@ -1,0 +1,1 @@
+"""Training of LoRA adapters under tensor, pipeline, expert and data parallelism. Start at `loop.train`."""
