@@ -28,3 +28,11 @@ def default_admin() -> str:
 def child_environment() -> dict[str, str]:
     """The environment of a Python child that sees the same modules as this process."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+
+
+def process_rank() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this host) as torchrun sets them; a process alone is (0, 1, 0)."""
+    return tuple(int(os.environ.get(name, default)) for name, default in _TORCHRUN)  # type: ignore[return-value]
+
+
+_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

@@ -36,7 +36,18 @@ class Ops(ABC):
 
     @abstractmethod
     def grouped_matmul(self, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:
-        """Rows in order; group g's `counts_G[g]` rows are multiplied by its weight. Counts sum to M."""
+        """Rows in order; group g's `counts_G[g]` rows are multiplied by its weight. Counts sum to M. No gradient.
+
+        A weight of one panel may be a transposed view.
+        """
+
+    def grouped_matmul_add_(self, y_MN: Tensor, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> None:
+        """Add a grouped product to `y`."""
+        y_MN += self.grouped_matmul(x_MK, weight_GJKW, counts_G)
+
+    @abstractmethod
+    def grouped_outer(self, x_MK: Tensor, y_MN: Tensor, counts_G: Tensor) -> Tensor:
+        """The grouped product along the rows, float32 [G, K, N]: each group's x^T y, zeros for a group without rows."""
 
     @abstractmethod
     def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:
@@ -61,6 +72,14 @@ class Ops(ABC):
     def swiglu(self, x_T2N: Tensor) -> Tensor:
         """silu(first half) * second half of the last axis."""
         return reference.swiglu(x_T2N)
+
+    def swiglu_backward(self, x_T2N: Tensor, grad_TN: Tensor) -> tuple[Tensor, Tensor]:
+        """Of `swiglu`: its value [T, N] once more, and the gradient [T, 2N] for the value's gradient `grad_TN`."""
+        return reference.swiglu_backward(x_T2N, grad_TN)
+
+    def attention(self, query_DHLX: Tensor, key_DHLX: Tensor, value_DHLV: Tensor, scale: float) -> Tensor:
+        """Causal attention with gradients within each of D documents of L tokens: [D, H, L, V]."""
+        return reference.attention(query_DHLX, key_DHLX, value_DHLV, scale)
 
     def mla_decode(
         self,

@@ -52,10 +52,31 @@ class CpuOps(Ops):
     def grouped_matmul(self, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:
         """See `Ops.grouped_matmul`."""
         counts = counts_G.tolist()
+        if weight_GJKW.shape[1] == 1 and not weight_GJKW.is_contiguous():
+            return _single_panel_matmul(x_MK, weight_GJKW[:, 0], counts)
         num_groups = len(counts) - counts.count(0)
         if x_MK.shape[0] > MAX_BAG_ROWS_PER_BASE_GROUP * num_groups:
             return _loop_matmul(x_MK, weight_GJKW, counts)
         return _panel_bag_matmul(x_MK, weight_GJKW, counts_G)
+
+    def grouped_matmul_add_(self, y_MN: Tensor, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> None:
+        """See `Ops.grouped_matmul_add_`."""
+        start = 0
+        for group, count in enumerate(counts_G.tolist()):
+            if count:
+                y_MN[start : start + count].addmm_(x_MK[start : start + count], weight_GJKW[group, 0])
+                start += count
+
+    def grouped_outer(self, x_MK: Tensor, y_MN: Tensor, counts_G: Tensor) -> Tensor:
+        """See `Ops.grouped_outer`: in float32, whose kernels take any number of rows as it comes."""
+        outer_GKN = x_MK.new_zeros(len(counts_G), x_MK.shape[1], y_MN.shape[1], dtype=torch.float32)
+        start = 0
+        for group, count in enumerate(counts_G.tolist()):
+            if count:
+                rows = slice(start, start + count)
+                torch.mm(x_MK[rows].float().T, y_MN[rows].float(), out=outer_GKN[group])
+                start += count
+        return outer_GKN
 
     def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:
         """See `Ops.lora_add_`."""
@@ -76,6 +97,14 @@ class CpuOps(Ops):
         for places_T, weights_T in zip(places_M.view_as(weights_TE).unbind(1), weights_TE.unbind(1), strict=True):
             sum_TN.addcmul_(y_MN.index_select(0, places_T).float(), weights_T[:, None])
         return sum_TN.to(y_MN.dtype)
+
+    def attention(self, query_DHLX: Tensor, key_DHLX: Tensor, value_DHLV: Tensor, scale: float) -> Tensor:
+        """See `Ops.attention`: the flash kernel wants one width for all three, and zeros change no product."""
+        num_value = value_DHLV.shape[3]
+        width = max(query_DHLX.shape[3], num_value)
+        query, key, value = (pad(x, (0, width - x.shape[3])) for x in (query_DHLX, key_DHLX, value_DHLV))
+        flash = torch.nn.functional.scaled_dot_product_attention
+        return flash(query, key, value, is_causal=True, scale=scale)[..., :num_value]
 
     def mla_decode(
         self,
@@ -123,6 +152,17 @@ def _loop_matmul(x_MK: Tensor, weight_GJKW: Tensor, counts: list[int]) -> Tensor
             y_MJW[rows] = product_JMW.transpose(0, 1)
             start += count
     return y_MJW.flatten(1)
+
+
+def _single_panel_matmul(x_MK: Tensor, weight_GKN: Tensor, counts: list[int]) -> Tensor:
+    y_MN = x_MK.new_empty(x_MK.shape[0], weight_GKN.shape[2])
+    start = 0
+    for group, count in enumerate(counts):
+        if count:
+            rows = _rounded_rows(start, count, x_MK.shape[0])
+            torch.mm(x_MK[rows], weight_GKN[group], out=y_MN[rows])
+            start += count
+    return y_MN
 
 
 def _rounded_rows(start: int, count: int, num_rows: int) -> slice:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import torch
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -21,3 +23,26 @@ def resolve_dtype(name: str, stored: str | None) -> torch.dtype:
     if name != "auto":
         return _DTYPES[name]
     return _DTYPES.get(stored or "", torch.bfloat16)
+
+
+def collective_backend(device: torch.device) -> str:
+    """torch.distributed's back-end for tensors of a device; host tensors always go through Gloo."""
+    if device.type == "cpu":
+        return "gloo"
+    return f"cpu:gloo,{device.type}:{'hccl' if device.type == 'npu' else 'nccl'}"
+
+
+def bind_process(device: torch.device, local_rank: int) -> torch.device:
+    """The device of one of several processes on a host: its own accelerator, or the CPU for all."""
+    if device.type == "cpu":
+        return device
+    own = torch.device(device.type, local_rank)
+    getattr(torch, device.type).set_device(own)
+    return own
+
+
+def memory_peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has held on the device so far."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(getattr(torch, device.type).max_memory_allocated(device))

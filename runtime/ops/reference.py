@@ -19,6 +19,17 @@ def grouped_matmul(x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tenso
     return y_MN
 
 
+def grouped_outer(x_MK: Tensor, y_MN: Tensor, counts_G: Tensor) -> Tensor:
+    """Reference of `Ops.grouped_outer`."""
+    outer_GKN = x_MK.new_zeros(len(counts_G), x_MK.shape[1], y_MN.shape[1], dtype=torch.float32)
+    start = 0
+    for group, count in enumerate(counts_G.tolist()):
+        rows = slice(start, start + count)
+        outer_GKN[group] = x_MK[rows].float().T @ y_MN[rows].float()
+        start += count
+    return outer_GKN
+
+
 def lora_add_(y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:
     """Reference of `Ops.lora_add_`."""
     width = y_MN.shape[1] // len(bs_PRN)
@@ -48,6 +59,25 @@ def swiglu(x_T2N: Tensor) -> Tensor:
     """Reference of `Ops.swiglu`."""
     gate, up = x_T2N.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+def swiglu_backward(x_T2N: Tensor, grad_TN: Tensor) -> tuple[Tensor, Tensor]:
+    """Reference of `Ops.swiglu_backward`."""
+    gate, up = x_T2N.chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    grad_T2N = torch.empty_like(x_T2N)
+    grad_gate, grad_up = grad_T2N.chunk(2, dim=-1)
+    torch.mul(grad_TN, silu, out=grad_up)
+    torch.mul(grad_TN * up, sigmoid + silu * (1 - sigmoid), out=grad_gate)
+    return silu * up, grad_T2N
+
+
+def attention(query_DHLX: Tensor, key_DHLX: Tensor, value_DHLV: Tensor, scale: float) -> Tensor:
+    """Reference of `Ops.attention`."""
+    scores_DHLL = (query_DHLX @ key_DHLX.transpose(2, 3)).float() * scale
+    later = torch.ones_like(scores_DHLL[0, 0], dtype=torch.bool).triu(1)
+    return scores_DHLL.masked_fill(later, float("-inf")).softmax(-1).to(value_DHLV.dtype) @ value_DHLV
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -17,6 +17,17 @@ class CudaOps(Ops):
         """See `Ops.grouped_matmul`."""
         return _grouped_mm(x_MK, weight_GJKW.squeeze(1), counts_G)
 
+    def grouped_outer(self, x_MK: Tensor, y_MN: Tensor, counts_G: Tensor) -> Tensor:
+        """See `Ops.grouped_outer`."""
+        offsets = counts_G.cumsum(0).to(torch.int32)
+        outer_GKN = torch.nn.functional.grouped_mm(x_MK.T, y_MN, offs=offsets).float()
+        return outer_GKN.masked_fill_((counts_G == 0)[:, None, None], 0)
+
+    def attention(self, query_DHLX: Tensor, key_DHLX: Tensor, value_DHLV: Tensor, scale: float) -> Tensor:
+        """See `Ops.attention`."""
+        flash = torch.nn.functional.scaled_dot_product_attention
+        return flash(query_DHLX, key_DHLX, value_DHLV, is_causal=True, scale=scale)
+
     def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:
         """See `Ops.lora_add_`. Rows without a page are moved past the end of the group list and masked."""
         num_pages = a_PKR.shape[0]

@@ -1,0 +1,148 @@
+"""The mesh: which processes share a layer's weights, its tokens, its experts or its stage of the pipeline.
+
+Process ranks are laid out as [pp, dp, tp], tp fastest. Routed experts are spread over `ep` processes of one stage, a
+multiple of tp: over the tp processes of one replica (they see the same tokens), or of several replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from runtime.ops.platform import collective_backend
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some processes by global rank, in order, and this process's place among them; `handle` None: it is alone."""
+
+    ranks: tuple[int, ...]
+    rank: int
+    handle: dist.ProcessGroup | None
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return len(self.ranks)
+
+
+ALONE = Group((0,), 0, None)
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the mesh. `ep` is a multiple of `tp` and divides dp x tp."""
+
+    pp: int = 1
+    dp: int = 1
+    tp: int = 1
+    ep: int = 1
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of the whole mesh."""
+        return self.pp * self.dp * self.tp
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The groups of this process.
+
+    `stage`: all processes with the same layers (dp x tp). `ep`: those that hold one whole set of routed experts, in the
+    order of their experts. `expert_column`: those of `ep` with the same tp rank, which exchange rows.
+    `expert_replicas`: those that hold the same experts as this one.
+    """
+
+    shape: MeshShape
+    world: Group
+    pp: Group
+    dp: Group
+    tp: Group
+    ep: Group
+    stage: Group
+    expert_column: Group
+    expert_replicas: Group
+
+
+def start_processes(device: torch.device, rank: int, world_size: int, timeout_seconds: float = 1800.0) -> None:
+    """Join the other processes (torchrun's variables say where they meet); nothing to do for a process alone."""
+    if world_size > 1:
+        dist.init_process_group(
+            collective_backend(device), rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds)
+        )
+
+
+def stop_processes() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def make_mesh(shape: MeshShape, rank: int = 0) -> Mesh:
+    """Build every group; all processes call this, in the same order. Raises ValueError on a wrong process count."""
+    num_started = dist.get_world_size() if dist.is_initialized() else 1
+    if num_started != shape.num_processes:
+        raise ValueError(
+            f"{num_started} processes were started, but pp x dp x tp = {shape.pp} x {shape.dp} x {shape.tp} needs "
+            f"{shape.num_processes}: change the number of processes or `parallel` in the configuration"
+        )
+    if num_started == 1:
+        return Mesh(shape, *(ALONE,) * 8)
+    per_stage, replicas = shape.dp * shape.tp, shape.ep // shape.tp
+
+    def family(key: Callable[[int, int, int, int], object]) -> Group:
+        return _own_group(shape, rank, key)
+
+    return Mesh(
+        shape,
+        world=Group(tuple(range(num_started)), rank, dist.group.WORLD),
+        pp=family(lambda r, pp, dp, tp: (dp, tp)),
+        dp=family(lambda r, pp, dp, tp: (pp, tp)),
+        tp=family(lambda r, pp, dp, tp: (pp, dp)),
+        ep=family(lambda r, pp, dp, tp: (pp, r % per_stage // shape.ep)),
+        stage=family(lambda r, pp, dp, tp: pp),
+        expert_column=family(lambda r, pp, dp, tp: (pp, dp // replicas, tp)),
+        expert_replicas=family(lambda r, pp, dp, tp: (pp, r % shape.ep)),
+    )
+
+
+def _own_group(shape: MeshShape, rank: int, key: Callable[[int, int, int, int], object]) -> Group:
+    """The processes whose coordinates have the same key as this one's; groups of one are not created."""
+    members: dict[object, list[int]] = {}
+    for other in range(shape.num_processes):
+        pp, place = divmod(other, shape.dp * shape.tp)
+        members.setdefault(key(other, pp, *divmod(place, shape.tp)), []).append(other)
+    own = Group((rank,), 0, None)
+    for ranks in members.values():
+        handle = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+        if rank in ranks:
+            own = Group(tuple(ranks), ranks.index(rank), handle)
+    return own
+
+
+def gather_objects(value: object, group: Group) -> list[object]:
+    """Every process's value, in the group's order, on every process."""
+    if group.handle is None:
+        return [value]
+    gathered: list[object] = [None] * group.size
+    dist.all_gather_object(gathered, value, group=group.handle)
+    return gathered
+
+
+def barrier(group: Group) -> None:
+    """Wait for all processes of the group."""
+    if group.handle is not None:
+        dist.barrier(group.handle)
+
+
+def sum_numbers(values: Sequence[float], group: Group, device: torch.device) -> list[float]:
+    """Element by element sums over the group, in float64 where the device has it."""
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    total = torch.tensor(values, dtype=dtype, device=device)
+    if group.handle is not None:
+        dist.all_reduce(total, group=group.handle)
+    return [float(value) for value in total.tolist()]

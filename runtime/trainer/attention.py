@@ -1,0 +1,102 @@
+"""Latent attention in training: no cache, keys and values expanded, every document of a packed row by itself.
+
+Shape suffixes: T tokens, H heads of this process, N nope width, D rope width, V value width, Q = N + D, C latent width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from runtime.distributed.collectives import enter_parallel, leave_parallel
+from runtime.distributed.mesh import Group
+from runtime.layers.norm import RmsNorm
+from runtime.layers.placement import Placement
+from runtime.models.deepseek.attention import LATENT_NORM_EPS
+from runtime.models.deepseek.config import DeepseekConfig
+from runtime.models.deepseek.rope import softmax_scale
+from runtime.ops.base import Ops
+from runtime.ops.reference import rotate_interleaved
+from runtime.trainer.lora import LoraParallelLinear, LoraSpec, Split
+from runtime.trainer.micro_batch import DocumentBucket, Documents, MicroBatch
+from runtime.trainer.norm import frozen_rms_norm
+
+_SPLITS = {"q_proj": Split.COLUMN, "q_b_proj": Split.COLUMN, "kv_b_proj": Split.COLUMN, "o_proj": Split.ROW}
+
+
+class TrainingAttention(nn.Module):
+    """The weights of `MultiHeadLatentAttention`, split by heads over tp; its readable form, with gradients."""
+
+    def __init__(
+        self, name: str, config: DeepseekConfig, placement: Placement, tp: Group, specs: Mapping[str, LoraSpec]
+    ) -> None:
+        super().__init__()
+        if config.num_attention_heads % tp.size:
+            raise ValueError(f"parallel.tp = {tp.size} does not divide the {config.num_attention_heads} heads")
+        self.tp, self.ops, self.scale = tp, placement.ops, softmax_scale(config)
+        self.num_heads = config.num_attention_heads // tp.size
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.num_latent = config.kv_lora_rank
+        shapes = config.linear_shapes()
+
+        def projection(leaf: str) -> LoraParallelLinear:
+            full = f"{name}.{leaf}"
+            split = _SPLITS.get(leaf, Split.NONE)
+            return LoraParallelLinear(full, shapes[full], split, placement, tp, specs.get(full))
+
+        self.has_query_latent = config.q_lora_rank is not None
+        if config.q_lora_rank is None:
+            self.q_proj = projection("q_proj")
+        else:
+            self.q_a_proj = projection("q_a_proj")
+            self.q_a_layernorm = RmsNorm(config.q_lora_rank, LATENT_NORM_EPS, placement)
+            self.q_b_proj = projection("q_b_proj")
+        self.kv_a_proj_with_mqa = projection("kv_a_proj_with_mqa")
+        self.kv_a_layernorm = RmsNorm(config.kv_lora_rank, LATENT_NORM_EPS, placement)
+        self.kv_b_proj = projection("kv_b_proj")
+        self.o_proj = projection("o_proj")
+
+    def forward(self, x_TK: Tensor, cos_sin: tuple[Tensor, Tensor], batch: MicroBatch) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        cos, sin = cos_sin
+        query_nope, query_rope = self._queries(x_TK, batch.ids_T).split((self.nope, self.rope), dim=-1)
+        query_rope = rotate_interleaved(query_rope, cos[:, None], sin[:, None])
+        compressed = self.kv_a_proj_with_mqa(x_TK, batch.ids_T)
+        latent_TC, key_rope = compressed.split((self.num_latent, self.rope), dim=-1)
+        latent_TC = enter_parallel(frozen_rms_norm(latent_TC, self.kv_a_layernorm), self.tp)
+        key_rope = enter_parallel(rotate_interleaved(key_rope, cos, sin), self.tp)
+        expanded = self.kv_b_proj(latent_TC, batch.ids_T).view(-1, self.num_heads, self.nope + self.value)
+        key_nope, value_THV = expanded.split((self.nope, self.value), dim=-1)
+        key_THQ = torch.cat((key_nope, key_rope[:, None].expand(-1, self.num_heads, -1)), dim=-1)
+        query_THQ = torch.cat((query_nope, query_rope), dim=-1)
+        out_THV = _attend(self.ops, query_THQ, key_THQ, value_THV, batch.documents, self.scale)
+        return leave_parallel(self.o_proj(out_THV.flatten(1), batch.ids_T), self.tp)
+
+    def _queries(self, x_TK: Tensor, ids_T: Tensor) -> Tensor:
+        if self.has_query_latent:
+            latent = frozen_rms_norm(self.q_a_proj(x_TK, ids_T), self.q_a_layernorm)
+            query: Tensor = self.q_b_proj(enter_parallel(latent, self.tp), ids_T)
+        else:
+            query = self.q_proj(enter_parallel(x_TK, self.tp), ids_T)
+        return query.view(-1, self.num_heads, self.nope + self.rope)
+
+
+def _attend(
+    ops: Ops, query_THQ: Tensor, key_THQ: Tensor, value_THV: Tensor, documents: Documents, scale: float
+) -> Tensor:
+    """Causal attention within each document: [T, H, V]."""
+    outputs = []
+    for bucket in documents.buckets:
+        query, key, value = (_by_document(x, bucket) for x in (query_THQ, key_THQ, value_THV))
+        outputs.append(ops.attention(query, key, value, scale).transpose(1, 2).flatten(0, 1))
+    if documents.slot_T is None:
+        return outputs[0]
+    return torch.cat(outputs).index_select(0, documents.slot_T)
+
+
+def _by_document(x_THW: Tensor, bucket: DocumentBucket) -> Tensor:
+    """[documents, H, tokens, W]."""
+    rows: Tensor = x_THW if bucket.rows_N is None else x_THW.index_select(0, bucket.rows_N)
+    return rows.view(bucket.num_documents, bucket.num_tokens, *rows.shape[1:]).transpose(1, 2)

@@ -1,0 +1,226 @@
+"""Routed experts with LoRA, forward and backward by hand: two grouped projections, nothing kept that can be recomputed.
+
+Shape suffixes: T input rows, M routed rows (sorted by expert), L those of adapted experts, E local experts,
+G adapted ones, H hidden, I expert width, R LoRA rank, K choices of a row.
+`reference_experts` is the same in plain operations, for tests and for reading.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from runtime.ops.base import Ops
+from runtime.trainer.dropout import Dropout
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """Which rows go where; index tensors are int64 on the device.
+
+    `token_of_M`: the input row of each routed row. `places_TK`: the routed rows of each input row, M where a choice is
+    computed elsewhere or dropped. `counts_E`: routed rows of each local expert.
+    `rows_L`: the routed rows of adapted experts (None: all), `counts_G`: how many of them each adapted expert has.
+    `ids_M`: the place in the run of each routed row, for dropout.
+    """
+
+    token_of_M: Tensor
+    places_TK: Tensor
+    counts_E: Tensor
+    rows_L: Tensor | None
+    counts_G: Tensor
+    ids_M: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BaseExperts:
+    """Frozen weights as on disk: w13 [E, 2I, H] (gate, then up) and w2 [E, H, I]."""
+
+    w13: Tensor
+    w2: Tensor
+    ops: Ops
+
+
+@dataclass(frozen=True)
+class ExpertFactors:
+    """Float32 factors of the adapted experts: a13 [G, R, H], b13 [G, 2I, R], a2 [G, R, I], b2 [G, H, R]."""
+
+    a13: Tensor
+    b13: Tensor
+    a2: Tensor
+    b2: Tensor
+    scale13: float
+    scale2: float
+    dropout13: Dropout | None = None
+    dropout2: Dropout | None = None
+
+
+def routed_experts(
+    x_TH: Tensor, gates_M: Tensor, base: BaseExperts, factors: ExpertFactors | None, rows: ExpertRows
+) -> Tensor:
+    """The sum [T, H] over each row's experts, weighted by `gates_M` (float32, of the routed rows)."""
+    tensors = (None,) * 4 if factors is None else (factors.a13, factors.b13, factors.a2, factors.b2)
+    out_TH = _RoutedExperts.apply(x_TH, gates_M, *tensors, base, factors, rows)  # type: ignore[no-untyped-call]
+    return cast(Tensor, out_TH)
+
+
+def reference_experts(
+    x_TH: Tensor, gates_M: Tensor, base: BaseExperts, factors: ExpertFactors | None, rows: ExpertRows
+) -> Tensor:
+    """Reference of `routed_experts`, expert by expert, differentiated by autograd."""
+    out_TH = torch.zeros_like(x_TH)
+    adapted_M = torch.arange(len(rows.token_of_M)) if rows.rows_L is None else rows.rows_L
+    adapted_by = dict(zip(adapted_M.tolist(), torch.repeat_interleave(rows.counts_G).tolist(), strict=True))
+    experts_M = torch.repeat_interleave(rows.counts_E)
+    for row, (token, expert) in enumerate(zip(rows.token_of_M.tolist(), experts_M.tolist(), strict=True)):
+        x_H = x_TH[token]
+        gate_up = base.w13[expert] @ x_H
+        index = adapted_by.get(row)
+        if factors is not None and index is not None:
+            gate_up = gate_up + factors.scale13 * (factors.b13[index] @ (factors.a13[index] @ x_H))
+        gate, up = gate_up.chunk(2)
+        inner_I = torch.nn.functional.silu(gate) * up
+        y_H = base.w2[expert] @ inner_I
+        if factors is not None and index is not None:
+            y_H = y_H + factors.scale2 * (factors.b2[index] @ (factors.a2[index] @ inner_I))
+        out_TH = out_TH.index_add(0, torch.tensor([token]), (gates_M[row] * y_H)[None])
+    return out_TH
+
+
+@dataclass(frozen=True)
+class _Like:
+    """How the base computes."""
+
+    ops: Ops
+    dtype: torch.dtype
+
+
+class _Adapted:
+    """One projection's factors in the compute dtype, and the rows that they act on."""
+
+    def __init__(
+        self, a: Tensor, b: Tensor, scale: float, dropout: Dropout | None, rows: ExpertRows, like: _Like
+    ) -> None:
+        self.a_GRK = a.detach().to(like.dtype)
+        self.b_GNR = (b.detach() * scale).to(like.dtype)
+        self.scale, self.dropout, self.rows, self.ops = scale, dropout, rows, like.ops
+
+    def shrink(self, x_MK: Tensor) -> Tensor:
+        """x A^T of the adapted rows, [L, R]."""
+        return self.ops.grouped_matmul(self._input(x_MK), _transposed(self.a_GRK), self.rows.counts_G)
+
+    def expand_add_(self, y_MN: Tensor, h_LR: Tensor) -> None:
+        """y += h B^T."""
+        self._add_(y_MN, h_LR, _transposed(self.b_GNR))
+
+    def backward(self, grad_MN: Tensor, x_MK: Tensor, h_LR: Tensor, grad_x_MK: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of A and B; adds this projection's part to the gradient of x."""
+        grad_LN = self._chosen(grad_MN)
+        grad_h_LR = self.ops.grouped_matmul(grad_LN, self.b_GNR[:, None], self.rows.counts_G)
+        grad_b_GNR = self.ops.grouped_outer(grad_LN, h_LR, self.rows.counts_G).mul_(self.scale)
+        grad_a_GRK = self.ops.grouped_outer(grad_h_LR, self._input(x_MK), self.rows.counts_G)
+        if self.dropout is None:
+            self._add_(grad_x_MK, grad_h_LR, self.a_GRK[:, None])
+        else:
+            back_LK = self.ops.grouped_matmul(grad_h_LR, self.a_GRK[:, None], self.rows.counts_G)
+            self._add_rows_(grad_x_MK, back_LK * self._mask(back_LK))
+        return grad_a_GRK, grad_b_GNR
+
+    def _input(self, x_MK: Tensor) -> Tensor:
+        x_LK = self._chosen(x_MK)
+        return x_LK if self.dropout is None else x_LK * self._mask(x_LK)
+
+    def _mask(self, like_LK: Tensor) -> Tensor:
+        if self.dropout is None or self.rows.ids_M is None:
+            raise RuntimeError("dropout needs the rows' places in the run")
+        return self.dropout.scaled_mask(self._chosen(self.rows.ids_M), like_LK.shape[1], 0, like_LK.dtype)
+
+    def _chosen(self, x: Tensor) -> Tensor:
+        return x if self.rows.rows_L is None else x.index_select(0, self.rows.rows_L)
+
+    def _add_(self, y_MN: Tensor, x_LK: Tensor, weight_GJKN: Tensor) -> None:
+        if self.rows.rows_L is None:
+            self.ops.grouped_matmul_add_(y_MN, x_LK, weight_GJKN, self.rows.counts_G)
+        else:
+            self._add_rows_(y_MN, self.ops.grouped_matmul(x_LK, weight_GJKN, self.rows.counts_G))
+
+    def _add_rows_(self, y_MN: Tensor, delta_LN: Tensor) -> None:
+        if self.rows.rows_L is None:
+            y_MN += delta_LN
+        else:
+            y_MN.index_add_(0, self.rows.rows_L, delta_LN)
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """Gates are applied to the inner activations, so no gradient needs the output once more."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, gates_M: Tensor, *rest: Any) -> Tensor:
+        *tensors, base, factors, rows = rest
+        first, second = _both(tensors, base, factors, rows, x_TH.dtype)
+        x_MH = x_TH.index_select(0, rows.token_of_M)
+        gate_up = base.ops.grouped_matmul(x_MH, _transposed(base.w13), rows.counts_E)
+        shrunk13 = shrunk2 = None
+        if first is not None:
+            shrunk13 = first.shrink(x_MH)
+            first.expand_add_(gate_up, shrunk13)
+        del x_MH
+        inner_MI = base.ops.swiglu(gate_up).mul_(gates_M[:, None].to(x_TH.dtype))
+        y_MH = base.ops.grouped_matmul(inner_MI, _transposed(base.w2), rows.counts_E)
+        if second is not None:
+            shrunk2 = second.shrink(inner_MI)
+            second.expand_add_(y_MH, shrunk2)
+        ctx.save_for_backward(x_TH, gates_M, gate_up, shrunk13, shrunk2, *tensors)
+        ctx.base, ctx.factors, ctx.rows = base, factors, rows
+        return _sum_of_places(y_MH, rows.places_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x_TH, gates_M, gate_up, shrunk13, shrunk2, *tensors = ctx.saved_tensors
+        base, rows = ctx.base, ctx.rows
+        first, second = _both(tensors, base, ctx.factors, rows, x_TH.dtype)
+        grad_y_MH = grads[0].index_select(0, rows.token_of_M)
+        grad_inner = base.ops.grouped_matmul(grad_y_MH, base.w2[:, None], rows.counts_E)
+        gates = gates_M[:, None].to(x_TH.dtype)
+        if second is not None:
+            inner = base.ops.swiglu(gate_up).mul_(gates)
+            grads2 = second.backward(grad_y_MH, inner, shrunk2, grad_inner)
+            del inner
+        del grad_y_MH
+        inner, grad_gate_up = base.ops.swiglu_backward(gate_up, grad_inner * gates)
+        grad_gates = torch.linalg.vecdot(inner, grad_inner).to(gates_M.dtype)
+        del inner, grad_inner
+        grad_x_MH = base.ops.grouped_matmul(grad_gate_up, base.w13[:, None], rows.counts_E)
+        if first is None or second is None:
+            return _sum_of_places(grad_x_MH, rows.places_TK), grad_gates, *(None,) * 7
+        x_MH = x_TH.index_select(0, rows.token_of_M)
+        grads13 = first.backward(grad_gate_up, x_MH, shrunk13, grad_x_MH)
+        return _sum_of_places(grad_x_MH, rows.places_TK), grad_gates, *grads13, *grads2, None, None, None
+
+
+def _both(
+    tensors: list[Tensor], base: BaseExperts, factors: ExpertFactors | None, rows: ExpertRows, dtype: torch.dtype
+) -> tuple[_Adapted | None, _Adapted | None]:
+    if factors is None:
+        return None, None
+    a13, b13, a2, b2 = tensors
+    like = _Like(base.ops, dtype)
+    first = _Adapted(a13, b13, factors.scale13, factors.dropout13, rows, like)
+    return first, _Adapted(a2, b2, factors.scale2, factors.dropout2, rows, like)
+
+
+def _transposed(weight_GNK: Tensor) -> Tensor:
+    """[G, N, K] as on disk -> one panel [G, 1, K, N], a view."""
+    return weight_GNK.transpose(1, 2)[:, None]
+
+
+def _sum_of_places(y_MH: Tensor, places_TK: Tensor) -> Tensor:
+    """Each input row's sum over its routed rows, in float32; place M adds nothing."""
+    padded = torch.cat((y_MH, y_MH.new_zeros(1, y_MH.shape[1])))
+    sum_TH = padded.new_zeros(places_TK.shape[0], y_MH.shape[1], dtype=torch.float32)
+    for places_T in places_TK.unbind(1):
+        sum_TH += padded.index_select(0, places_T)
+    return sum_TH.to(y_MH.dtype)

@@ -1,0 +1,64 @@
+"""The loss over target tokens alone, in chunks, with the vocabulary split over tp.
+
+Shape suffixes: T tokens, N target tokens, H hidden, V vocabulary of this process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from runtime.distributed.collectives import enter_parallel, leave_parallel, max_over
+from runtime.distributed.mesh import Group
+from runtime.trainer.lora import LoraParallelLinear
+from runtime.trainer.micro_batch import MicroBatch
+
+IGNORED = -100
+# Numbers of one chunk's logits: past this they are computed chunk by chunk, and again on the way back.
+MAX_LOGITS = 2**25
+
+
+@dataclass(frozen=True)
+class TargetLosses:
+    """Per target token: its place T in the micro-batch, its negative log-likelihood, whether it is the likeliest."""
+
+    rows_N: Tensor
+    losses_N: Tensor
+    is_best_N: Tensor
+
+
+def target_losses(hidden_TH: Tensor, head: LoraParallelLinear, batch: MicroBatch, tp: Group) -> TargetLosses:
+    """Losses of the tokens that are learnt; `hidden_TH` is normed."""
+    rows_N = (batch.targets_T != IGNORED).nonzero().squeeze(1)
+    targets_N = batch.targets_T[rows_N]
+    hidden_NH = enter_parallel(hidden_TH.index_select(0, rows_N), tp)
+    ids_N = batch.ids_T[rows_N]
+    chunk = max(1, MAX_LOGITS // head.local_out)
+    if len(rows_N) <= chunk:
+        losses_N, is_best_N = _chunk_losses(hidden_NH, targets_N, ids_N, head, tp)
+        return TargetLosses(rows_N, losses_N, is_best_N)
+    parts = [
+        checkpoint(_chunk_losses, *part, head, tp, use_reentrant=False)
+        for part in zip(hidden_NH.split(chunk), targets_N.split(chunk), ids_N.split(chunk), strict=True)
+    ]
+    return TargetLosses(rows_N, torch.cat([losses for losses, _ in parts]), torch.cat([best for _, best in parts]))
+
+
+def _chunk_losses(
+    hidden_NH: Tensor, targets_N: Tensor, ids_N: Tensor, head: LoraParallelLinear, tp: Group
+) -> tuple[Tensor, Tensor]:
+    logits_NV = head(hidden_NH, ids_N).float()
+    if tp.size == 1:
+        return cross_entropy(logits_NV, targets_N, reduction="none"), logits_NV.argmax(-1) == targets_N
+    first = head.local_out * tp.rank
+    local_N = targets_N - first
+    is_here_N = (local_N >= 0) & (local_N < head.local_out)
+    own_N = logits_NV.gather(1, local_N.clamp(0, head.local_out - 1)[:, None])[:, 0]
+    target_logit_N = leave_parallel(torch.where(is_here_N, own_N, 0), tp)
+    largest_N = max_over(logits_NV.amax(-1), tp)
+    total_N = leave_parallel((logits_NV - largest_N[:, None]).exp().sum(-1), tp)
+    return total_N.log() + largest_N - target_logit_N, target_logit_N.detach() >= largest_N
