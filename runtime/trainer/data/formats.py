@@ -98,7 +98,7 @@ def _read_text(row: Row) -> Example:
 def _read_alpaca(row: Row) -> Example:
     question, extra = _text(row["instruction"], "instruction"), _text(row.get("input") or "", "input")
     turns = [*_system_of(row)]
-    for number, pair in enumerate(row.get("history") or (), 1):
+    for number, pair in enumerate(_list(row["history"], "history") if row.get("history") else (), 1):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError(f"history {number} is not a pair of question and answer")
         turns += _exchange(_text(pair[0], f"history {number}"), _text(pair[1], f"history {number}"))
@@ -116,7 +116,7 @@ def _sharegpt_turn(turn: Any, where: str) -> Turn:
         raise RowError(f"{where} is {_kind(turn)}, expected an object with from and value")
     role = _SHAREGPT_ROLES.get(str(turn.get("from")))
     if role is None:
-        raise RowError(f"{where}: from is {turn.get('from')!r}, expected one of {', '.join(_SHAREGPT_ROLES)}")
+        raise RowError(f"{where}: from is {_shown(turn.get('from'))}, expected one of {', '.join(_SHAREGPT_ROLES)}")
     return Turn(role, _text(turn.get("value"), f"{where}: value"), role == "assistant")
 
 
@@ -129,13 +129,13 @@ def _turn(message: Any, where: str) -> Turn:
         raise RowError(f"{where} is {_kind(message)}, expected an object with role and content")
     role = message.get("role")
     if role not in _ROLES:
-        raise RowError(f"{where}: role is {role!r}, expected one of {', '.join(_ROLES)}")
+        raise RowError(f"{where}: role is {_shown(role)}, expected one of {', '.join(_ROLES)}")
     unsupported = [key for key in _UNSUPPORTED if message.get(key)]
     if unsupported:
         raise RowError(f"{where} has {', '.join(unsupported)}, which is not read: write it out in content")
     weight = message.get("weight", 1)
     if weight not in (0, 1):
-        raise RowError(f"{where}: weight is {weight!r}, expected 1 (learnt) or 0 (only read)")
+        raise RowError(f"{where}: weight is {_shown(weight)}, expected 1 (learnt) or 0 (only read)")
     return Turn(role, _text(message.get("content"), f"{where}: content"), role == "assistant" and weight == 1)
 
 
@@ -181,8 +181,12 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
+def _shown(value: Any) -> str:
+    return repr(value[:40]) if isinstance(value, str) else repr(value)[:40]
+
+
 def _found(row: Row) -> str:
-    keys = sorted(str(key)[:40] for key in row)
+    keys = sorted(key[:40].encode("utf-8", "replace").decode() for key in row)
     return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "") if keys else "no keys"
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from loaders.tokenizer import Tokenizer
-from runtime.trainer.config import DataConfig
+from runtime.trainer.config import DATA_FORMATS, DataConfig
 from runtime.trainer.data import jsonl
 from runtime.trainer.data.documents import DataError, Document, read_documents, split_documents
 from tests.trainer.data.conftest import Read
@@ -146,6 +148,32 @@ def test_a_line_beyond_the_limit_is_named_and_the_next_one_is_read(
     first, second = refused.value.problems
     assert first.endswith("rows.jsonl:2: the line is longer than the allowed 1 MiB")
     assert second.endswith("rows.jsonl:3: text is a number, expected a string")
+
+
+KEYS = ("messages", "role", "content", "weight", "prompt", "completion", "text", "conversations", "from", "value")
+ALPACA_KEYS = ("instruction", "input", "output", "history", "system")
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(0, 2) | st.sampled_from(["user", "assistant", "gpt", "\ud800", "the fox"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS + ALPACA_KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    row=st.dictionaries(st.sampled_from(KEYS + ALPACA_KEYS), VALUES, max_size=6),
+    format_name=st.sampled_from(DATA_FORMATS),
+)
+def test_any_row_is_either_read_or_refused_by_its_line(read: Read, row: dict[str, Any], format_name: str) -> None:
+    line = json.dumps(row).encode()
+    try:
+        [document], _ = read(line, format=format_name)
+    except DataError as refused:
+        assert len(refused.problems) == 1
+        assert "rows.jsonl:1: " in refused.problems[0]
+        str(refused).encode("utf-8")  # it can be printed
+    else:
+        assert document.is_target.any()
 
 
 @pytest.mark.parametrize("rows", [[], [b"", b"  "]])
