@@ -20,6 +20,7 @@ class Tokenizer:
         self._hf = hf_tokenizer
         self.eos_token_ids = eos_token_ids
         self.bos_token_id: int | None = hf_tokenizer.bos_token_id
+        self.eos_token_id: int | None = hf_tokenizer.eos_token_id
         self.vocab_size: int = len(hf_tokenizer)
 
     @classmethod
