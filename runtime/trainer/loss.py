@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from runtime.distributed.collectives import enter_parallel, leave_parallel, max_over
 from runtime.distributed.mesh import Group
+from runtime.trainer.data.batch import IGNORED
 from runtime.trainer.lora import LoraParallelLinear
 from runtime.trainer.micro_batch import MicroBatch
 
-IGNORED = -100
 # Numbers of one chunk's logits: past this they are computed chunk by chunk, and again on the way back.
 MAX_LOGITS = 2**25
 

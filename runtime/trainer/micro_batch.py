@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from runtime.trainer.data.batch import Batch
+
 MIN_BUCKET_TOKENS = 16
 
 
@@ -58,30 +60,22 @@ class MicroBatch:
 
 
 def make_micro_batch(
-    token_ids_BL: Tensor,
-    targets_BL: Tensor,
-    positions_BL: Tensor,
-    lengths: Sequence[Sequence[int]],
-    *,
-    first_row: int,
-    device: torch.device,
-    loss_weight: float,
-    row_weight: float,
+    batch: Batch, device: torch.device, *, rows: Sequence[int], row_tokens: int, loss_weight: float, row_weight: float
 ) -> MicroBatch:
-    """From rows [B, L]; `first_row` is the place of the first of them in the run."""
-    num_rows, width = token_ids_BL.shape
-    used_B = torch.tensor([sum(row) for row in lengths])
-    is_real_BL = torch.arange(width)[None] < used_B[:, None]
-    ids_T = torch.arange(first_row * width, (first_row + num_rows) * width)
+    """`rows` are the places of the batch's rows in the run, `row_tokens` the tokens that each of them may have."""
+    num_rows, width = batch.token_ids_BL.shape
+    used_B = torch.tensor([sum(lengths) for lengths in batch.lengths])
+    places_L = torch.arange(width)
+    ids_BL = torch.tensor(rows)[:, None] * row_tokens + places_L
     return MicroBatch(
-        token_ids_T=token_ids_BL.flatten().to(device),
-        targets_T=targets_BL.flatten().to(device),
-        positions_T=positions_BL.flatten().to(device),
-        ids_T=ids_T.to(device),
-        is_real_T=is_real_BL.flatten().to(device),
-        lengths=tuple(tuple(row) for row in lengths),
+        token_ids_T=batch.token_ids_BL.flatten().to(device),
+        targets_T=batch.targets_BL.flatten().to(device),
+        positions_T=batch.positions_BL.flatten().to(device),
+        ids_T=ids_BL.flatten().to(device),
+        is_real_T=(places_L < used_B[:, None]).flatten().to(device),
+        lengths=batch.lengths,
         num_rows=num_rows,
-        documents=bucket_documents(lengths, width, device),
+        documents=bucket_documents(batch.lengths, width, device),
         loss_weight=loss_weight,
         row_weight=row_weight,
     )
