@@ -11,6 +11,7 @@ from pathlib import Path
 from runtime.config import DEVICES, DTYPES, EngineConfig, ServerConfig
 from runtime.env import configure_logging, default_admin, default_server
 from runtime.errors import GraftError
+from runtime.trainer.config import EXPORT_FORMATS
 from runtime.version import version
 
 LENGTHS = "LENGTHS: N, LOW:HIGH (uniform), or lognormal:MEDIAN:SIGMA"
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_adapters(commands)
     _add_server(commands)
     _add_inspect(commands)
+    _add_export(commands)
     _add_bench(commands)
     demo = commands.add_parser("demo", help="serve the bundled model and adapters, send requests, print a table")
     demo.set_defaults(module="demo")
@@ -196,6 +198,22 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.set_defaults(module="inspect")
     inspect.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter folder")
     inspect.add_argument("--base", type=Path, required=True, metavar="MODEL", help="a model folder")
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser("export", help="write an adapter for other programs, or merged into its base")
+    export.set_defaults(module="export")
+    add = export.add_argument
+    add("adapter", type=Path, metavar="ADAPTER", help="an adapter folder, in any layout that Graft reads")
+    add("--base", type=Path, required=True, metavar="MODEL", help="the model folder that it belongs to")
+    add("--out", type=Path, required=True, metavar="DIR", help="the folder to write; an adapter there is replaced")
+    form = export.add_mutually_exclusive_group()
+    form.add_argument(
+        "--format", choices=EXPORT_FORMATS, help=f"layout (default {EXPORT_FORMATS[0]}, which vLLM and SGLang read too)"
+    )
+    form.add_argument("--merge", action="store_true", help="write the base with the adapter merged into it instead")
+    dtypes = [dtype for dtype in DTYPES if dtype != "auto"]
+    add("--dtype", choices=dtypes, default="bfloat16", help="of what is written (default %(default)s)")
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,0 +1,1 @@
+"""Trained adapters on disk: PEFT folders that servers read, merged bases, model cards. Start at `adapter_files`."""
