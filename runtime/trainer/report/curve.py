@@ -67,6 +67,7 @@ def _draw_loss(axes: Axes, log: RunLog) -> None:
         axes.plot([], [], "s--", color=EVAL_COLOUR, alpha=0.6, label="exact match (right)")
         right.set_ylim(-0.02, 1.02)
         right.set_ylabel("exact match")
+        _put_in_front(axes, right)
     axes.legend(fontsize=9, loc="best")
     last = log.steps[-1]
     axes.set_title(f"{last.step} steps, {sum(record.tokens for record in log.steps):,} tokens", fontsize=10)
@@ -80,8 +81,15 @@ def _draw_rate(axes: Axes, log: RunLog) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     right = axes.twinx()
-    right.plot(steps, [record.grad_norm for record in log.steps], color="#8a8a8a", linewidth=1)
-    axes.plot([], [], color="#8a8a8a", linewidth=1, label="gradient norm before clipping (right)")
+    right.plot(steps, [record.grad_norm for record in log.steps], color="#b8b8b8", linewidth=1)
+    axes.plot([], [], color="#b8b8b8", linewidth=1, label="gradient norm before clipping (right)")
     right.set_ylabel("gradient norm")
     right.set_ylim(bottom=0)
+    _put_in_front(axes, right)
     axes.legend(fontsize=9, loc="best")
+
+
+def _put_in_front(axes: Axes, right: Axes) -> None:
+    """Draw `axes` and its legend over the curves of the right-hand scale."""
+    axes.set_zorder(right.get_zorder() + 1)
+    axes.patch.set_visible(False)

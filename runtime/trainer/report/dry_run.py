@@ -148,14 +148,20 @@ def _tensor_rows(tensors: Sequence[TensorInfo]) -> list[tuple[str, ...]]:
 def _memory_table(plan: RunPlan) -> list[str]:
     other = "without" if plan.checkpointing else "with"
     uses = ("base", "LoRA fp32", "gradients", "Adam m, v", "compute copies", "activations", "total")
-    rows = []
+    rows, digits = [], _gib_digits(plan)
     for stage, info in enumerate(plan.stages):
         memory = process_memory(plan, stage, checkpointing=plan.checkpointing)
         parts = (memory.base, memory.master, memory.gradients, memory.moments, memory.copies, memory.activations)
         otherwise = process_memory(plan, stage, checkpointing=not plan.checkpointing).total
-        numbers = [f"{num_bytes / 2**30:.2f}" for num_bytes in (*parts, memory.total, otherwise)]
+        numbers = [f"{num_bytes / 2**30:.{digits}f}" for num_bytes in (*parts, memory.total, otherwise)]
         rows.append((str(stage), format_layers(info.layers), *numbers))
     return _table(("stage", "layers", *uses, f"total {other}"), rows)
+
+
+def _gib_digits(plan: RunPlan) -> int:
+    """Digits after the point: models of any size, and small factors beside them, can be read."""
+    totals = [process_memory(plan, stage, checkpointing=False).total for stage in range(len(plan.stages))]
+    return 3 if max(totals, default=0) < 32 * 2**30 else 1
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
