@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -39,14 +40,14 @@ class _Piece:
 def gather_adapter(parameters: Sequence[LoraParameter], mesh: Mesh) -> Adapter | None:
     """Collect every factor once, in float32 on the CPU of process 0; None on the others."""
     own = [pair for parameter in parameters for pair in _pieces(parameter, mesh)]
-    everyone = gather_objects([piece for piece, _ in own], mesh.world)
+    everyone = cast(list[list[_Piece]], gather_objects([piece for piece, _ in own], mesh.world))
     if mesh.world.rank != 0:
         for _, tensor in own:
             dist.send(tensor.contiguous(), 0, group=mesh.world.handle)
         return None
     parts: dict[str, list[tuple[_Piece, Tensor]]] = {}
     for sender, pieces in enumerate(everyone):
-        for index, piece in enumerate(pieces):  # type: ignore[arg-type]
+        for index, piece in enumerate(pieces):
             tensor = own[index][1] if sender == 0 else torch.empty(piece.shape, device=_device(parameters))
             if sender != 0:
                 dist.recv(tensor, sender, group=mesh.world.handle)

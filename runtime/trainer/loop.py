@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from runtime.trainer.config import TrainConfig
 from runtime.trainer.config_file import as_plain
 from runtime.trainer.data.documents import Document, read_documents, split_documents
 from runtime.trainer.data.rows import RowStream
-from runtime.trainer.evaluate import Evaluation, evaluate
+from runtime.trainer.evaluate import evaluate
 from runtime.trainer.model import TrainedModel, prepare_model
 from runtime.trainer.optimizer import learning_rate, make_optimizer, set_learning_rate
 from runtime.trainer.parameters import num_elements
@@ -124,7 +123,7 @@ class Training:
         self.report.evaluation(self.step, found)
         if self.best_loss is None or found.loss < self.best_loss:
             self.best_loss, self.best_step = found.loss, self.step
-            self._export(BEST_ADAPTER, found)
+            self._export(BEST_ADAPTER)
 
     def _save(self) -> None:
         """A checkpoint that cannot be written is told; the earlier ones stay, and the next one is tried in its turn."""
@@ -142,12 +141,12 @@ class Training:
 
     def _finish(self) -> Path | None:
         check_replicas(self.model.parameters, self.mesh, self.step)
-        path = self._export(ADAPTER, None)
+        path = self._export(ADAPTER)
         self.report.finish()
         return path
 
-    def _export(self, name: str, found: Evaluation | None) -> Path | None:
-        problem = write_result(self.config, self.base, self.model, self.mesh, self.report.metrics(found), name)
+    def _export(self, name: str) -> Path | None:
+        problem = write_result(self.config, self.base, self.model, self.mesh, self.report.metrics(), name)
         told = next((other for other in gather_objects(problem, self.mesh.world) if other), None)
         if told and name == ADAPTER:
             raise CheckpointProblem(str(told))
@@ -187,7 +186,3 @@ def read_run_data(config: TrainConfig, *, log: bool = False) -> RunData:
 def _share_counted_once(model: TrainedModel, mesh: Mesh) -> float:
     return sum(num_elements([parameter]) / parameter.replicas(mesh).size for parameter in model.parameters)
 
-
-def metrics_of(found: Evaluation | None) -> Mapping[str, float]:
-    """An evaluation as the model card shows it."""
-    return {} if found is None else {"eval loss": found.loss, "eval exact match": found.exact_match}

@@ -92,6 +92,10 @@ class TrainingMoe(nn.Module):
             routed = routed + self.shared_experts(x_TH, batch.ids_T)
         return leave_parallel(routed, self.mesh.tp)
 
+    def reset_statistics(self) -> None:
+        """Begin to count anew."""
+        self.statistics = RoutingStatistics()
+
     def _count(self, balance: Tensor | None, keep_TK: Tensor | None, batch: MicroBatch) -> None:
         if id(batch) in self.statistics.counted:
             return

@@ -14,7 +14,7 @@ LATEST = "latest"
 # What does not change the result of a run; everything else must be as it was.
 FREE = frozenset(
     ("output", "model", "parallel", "micro_batch_rows", "device", "activation_checkpointing", "log_every",
-     "eval_every", "save_every", "keep_checkpoints", "check_replicas_every", "export_format", "steps", "epochs")
+     "eval_every", "save_every", "keep_checkpoints", "check_replicas_every", "export_format", "measure_mfu")
 )  # fmt: skip
 
 
@@ -48,8 +48,6 @@ def check_same_run(config: TrainConfig, resumed: RunState) -> None:
         raise CheckpointProblem(
             "the run cannot go on with other settings: " + "; ".join(changed) + "; set them back, or start a new run"
         )
-    if config.steps is not None and config.steps < resumed.step:
-        raise CheckpointProblem(f"steps = {config.steps} is less than the {resumed.step} of the checkpoint")
 
 
 def _differences(name: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
