@@ -61,7 +61,8 @@ def limit_load(
     used_B = torch.tensor([sum(row) for row in batch.lengths], device=scores_TE.device)
     capacity_T = torch.ceil(used_B * (factor * num_choices / num_experts)).long()[row_T]
     scores = scores_TE.detach()
-    keep_TK = _within_capacity(scores, experts_TK, row_T, capacity_T) & batch.is_real_T[:, None]
+    is_real_T1 = batch.is_real_T[:, None]
+    keep_TK = _within_capacity(scores, experts_TK, row_T, capacity_T, is_real_T1.int()) & is_real_T1
     if not reroute:
         return experts_TK, keep_TK
     wishes_TE = router.choice_scores(scores)
@@ -78,18 +79,17 @@ def limit_load(
         experts_TK = experts_TK.clone()
         experts_TK[moves_T, place_T[moves_T]] = best_T.indices[moves_T]
         tried_TE[moves_T, best_T.indices[moves_T]] = True
-        keep_TK = _within_capacity(scores, experts_TK, row_T, capacity_T, keep_TK) & batch.is_real_T[:, None]
+        order_TK = is_real_T1.int() + keep_TK
+        keep_TK = _within_capacity(scores, experts_TK, row_T, capacity_T, order_TK) & is_real_T1
     return experts_TK, keep_TK
 
 
 def _within_capacity(
-    scores_TE: Tensor, experts_TK: Tensor, row_T: Tensor, capacity_T: Tensor, kept_TK: Tensor | None = None
+    scores_TE: Tensor, experts_TK: Tensor, row_T: Tensor, capacity_T: Tensor, class_TK: Tensor
 ) -> Tensor:
-    """Which choices are among their row's best for their expert; those kept before go first."""
+    """Which choices are among their row's best for their expert: those of a higher class first, then by score."""
     num_experts = scores_TE.shape[1]
-    score_C = scores_TE.gather(1, experts_TK).flatten().double()
-    if kept_TK is not None:
-        score_C = score_C + kept_TK.flatten() * 1e3
+    score_C = (scores_TE.gather(1, experts_TK).double() + 2.0 * class_TK).flatten()  # scores are within 0..1
     bin_C = (row_T[:, None] * num_experts + experts_TK).flatten()
     order_C = score_C.argsort(descending=True, stable=True)
     order_C = order_C[bin_C[order_C].argsort(stable=True)]

@@ -51,8 +51,17 @@ class RunData:
 class Training:
     """One run in one process; `run` does all of it."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, device: torch.device, resume: str | None = None) -> None:
-        """Read the data, load the base, spread or resume the factors. `resume`: "latest" or a checkpoint's folder.
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        device: torch.device,
+        resume: str | None = None,
+        data: RunData | None = None,
+    ) -> None:
+        """Read the data, load the base, spread or resume the factors.
+
+        `resume`: "latest", or a checkpoint's name or folder. `data`: what was read already, or made otherwise.
 
         Raises ValueError (ConfigError, DataError, CheckpointError, CheckpointProblem) with a sentence for the user.
         """
@@ -62,7 +71,7 @@ class Training:
         if resumed is not None:
             check_same_run(config, resumed)
         self.base = DeepseekConfig.from_dir(config.model)
-        self.data = read_run_data(config, log=mesh.world.rank == 0)
+        self.data = data or read_run_data(config, log=mesh.world.rank == 0)
         self.model: TrainedModel = prepare_model(config, self.base, mesh, device, self.data.documents, resumed)
         self.optimizer = make_optimizer(self.model.parameters, config.optimizer)
         self.step, self.best_loss, self.best_step = 0, None if resumed is None else resumed.best_loss, None
@@ -81,7 +90,7 @@ class Training:
         try:
             while self.step < self.data.num_steps:
                 self.train_step()
-                self._after_step()
+                self.after_step()
             return self._finish()
         finally:
             self.report.close()
@@ -108,7 +117,8 @@ class Training:
         self.report.step(self.step, self.data.rows.epoch_of(first_row), loss, lr, norm, data, rows, seconds)
         return loss
 
-    def _after_step(self) -> None:
+    def after_step(self) -> None:
+        """What is due after an optimizer step: the replicas compared, an evaluation, a checkpoint."""
         config, step = self.config, self.step
         if config.check_replicas_every and step % config.check_replicas_every == 0:
             check_replicas(self.model.parameters, self.mesh, step)

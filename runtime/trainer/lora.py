@@ -82,7 +82,7 @@ class LoraParallelLinear(nn.Module):
             LoraParameter(f"{self.name}.{Side.A}", Side.A, self.lora_A, (rank, in_features), scale,
                           shard_dim=1 if row else None, is_partial=column),
             LoraParameter(f"{self.name}.{Side.B}", Side.B, self.lora_B, (out_features, rank), scale,
-                          shard_dim=0 if column else None),
+                          shard_dim=0 if column else None, is_partial=row),
         ]  # fmt: skip
 
 
