@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_peft_side --model DIR --dtype D --batch B --steps N --threads T --experts WAY
 
-PEFT keeps its factors in float32 whatever the base's dtype, as users get it.
+PEFT keeps its factors in float32 whatever the base's dtype, its default; in bfloat16 they were no faster.
 """
 
 from __future__ import annotations

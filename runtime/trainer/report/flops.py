@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FROZEN_FLOPS = 4  # per parameter and token
 LORA_FLOPS = 6
 CONVENTION = "4 FLOPs per frozen and 6 per LoRA parameter and token, causal half of the attention scores"
+PEAK = "MFU is against the fastest matrix product measured on this device at start"
 LEAST_MATMUL_SECONDS = 0.02
 MAX_MATMUL_SIZE = 8192
 NUM_MATMULS = 5
@@ -104,7 +105,8 @@ def mfu(flops: float, seconds: float, peak: float) -> float:
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest of a few square products in `dtype`, about a second; it stands for the peak in an MFU.
 
-    Nobody states a CPU's peak, and data sheets of accelerators state more than any product reaches.
+    Nobody states a CPU's peak, and data sheets of accelerators state more than any product reaches. Processes that
+    share a device measure at the same time, so that their sum is the device's.
     """
     size, seconds = 256, 0.0
     while True:
