@@ -23,18 +23,13 @@ logger = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0 when the run is done, 1 after a sentence that says what to change."""
     parser = argparse.ArgumentParser(prog="python -m runtime.trainer", description=__doc__)
-    add_arguments(parser)
-    options = parser.parse_args(arguments)
-    configure_logging()
-    return train(options.config, options.set, options.resume)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `graft train` and torchrun's processes both take."""
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT",
                         help="go on from the newest checkpoint of the output folder, or from this one")  # fmt: skip
+    options = parser.parse_args(arguments)
+    configure_logging()
+    return train(options.config, options.set, options.resume)
 
 
 def train(config_path: Path, overrides: Sequence[str], resume: str | None) -> int:

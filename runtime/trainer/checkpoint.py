@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -33,6 +34,7 @@ PREFIX = "step-"
 RUN_FILE, FILES_FILE = "run.json", "files.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _CHUNK_BYTES = 1 << 22
+_ALONE = "torch.distributed is disabled"  # told of a process that is alone on purpose
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +108,9 @@ def load_checkpoint(
     tensors = _state_dict(parameters, optimizer, mesh)
 
     def read() -> None:
-        dcp_load(tensors, checkpoint_id=str(path), no_dist=mesh.world.handle is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _ALONE)
+            dcp_load(tensors, checkpoint_id=str(path), no_dist=mesh.world.handle is None)
 
     _raise_problem(_tried(read), mesh)
 
@@ -122,7 +126,9 @@ def read_factors(path: Path) -> tuple[RunState, dict[str, Tensor]]:
         for name, entry in entries.items()
         if name.startswith("factor.") and isinstance(entry, TensorStorageMetadata)
     }
-    dcp_load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _ALONE)
+        dcp_load(tensors, storage_reader=reader, no_dist=True)
     return state, {name.removeprefix("factor."): tensor for name, tensor in tensors.items()}
 
 
@@ -176,7 +182,9 @@ def _prepare(partial: Path, path: Path) -> None:
 
 
 def _write(partial: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
-    dcp_save(tensors, checkpoint_id=str(partial), no_dist=mesh.world.handle is None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _ALONE)
+        dcp_save(tensors, checkpoint_id=str(partial), no_dist=mesh.world.handle is None)
 
 
 def _finish(partial: Path, path: Path, state: RunState) -> None:

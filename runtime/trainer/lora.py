@@ -48,8 +48,6 @@ class LoraParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         out_features, in_features = shape
-        if shape[split.value or 0] % tp.size:
-            raise ValueError(f"parallel.tp = {tp.size} does not divide the {shape[split.value or 0]} rows of {name}")
         self.name, self.shape, self.split, self.spec = name, shape, split, spec
         self.local_in = in_features // tp.size if split is Split.ROW else in_features
         self.local_out = out_features // tp.size if split is Split.COLUMN else out_features

@@ -15,6 +15,7 @@ from runtime.models.deepseek.config import DeepseekConfig
 from runtime.ops.base import make_ops
 from runtime.trainer.checkpoint import RunState
 from runtime.trainer.config import TrainConfig
+from runtime.trainer.config_file import ConfigError
 from runtime.trainer.data.documents import Document
 from runtime.trainer.initialise import initialise
 from runtime.trainer.load import load_stage
@@ -46,6 +47,28 @@ def build_stage(config: TrainConfig, base: DeepseekConfig, mesh: Mesh, device: t
     return TrainingStage(base, Placement(device, _DTYPES[config.dtype], make_ops(device)), mesh, options)
 
 
+def check_base_fits(config: TrainConfig, base: DeepseekConfig) -> None:
+    """Raises ConfigError naming what of the base the mesh does not divide; needs no other process and no weight."""
+    tp, ep = config.parallel.tp, config.parallel.expert_size
+    divided = [
+        ("tp", tp, base.num_attention_heads, "attention heads"),
+        ("tp", tp, base.vocab_size, "entries of the vocabulary"),
+        ("ep", ep, base.n_routed_experts, "routed experts"),
+    ]
+    if base.first_k_dense_replace:
+        divided.append(("tp", tp, base.intermediate_size, "columns of the dense MLP"))
+    if base.n_shared_experts:
+        divided.append(("tp", tp, base.n_shared_experts * base.moe_intermediate_size, "columns of the shared experts"))
+    for name, size, count, what in divided:
+        if count % size:
+            raise ConfigError(f"parallel.{name} = {size} does not divide the base's {count} {what}")
+    if config.data.max_length > base.max_position_embeddings:
+        longest = base.max_position_embeddings
+        raise ConfigError(f"data.max_length = {config.data.max_length} is beyond the base's {longest} positions")
+    split_layers(base.num_hidden_layers, config.parallel.pp, config.parallel.layers)
+    resolve_targets(base, config.lora, config.seed)
+
+
 def prepare_model(
     config: TrainConfig,
     base: DeepseekConfig,
@@ -55,6 +78,7 @@ def prepare_model(
     resumed: RunState | None,
 ) -> TrainedModel:
     """Build and fill the stage; the experts of a resumed run are those that it chose at its start."""
+    check_base_fits(config, base)
     stage = build_stage(config, base, mesh, device)
     with progress_bar("loading the base") as progress:
         load_stage(stage, config.model, progress if mesh.world.rank == 0 else None)
@@ -80,7 +104,7 @@ def _keep_experts(stage: TrainingStage, experts: ExpertsOfLayers) -> None:
 
 def _require_routed(stage: TrainingStage) -> None:
     if not any(is_routed(module) for module in stage.options.specs):
-        raise ValueError("selection: no routed experts are among lora.targets; add experts, or leave selection out")
+        raise ConfigError("selection: no routed experts are among lora.targets; add experts, or leave selection out")
 
 
 def _described(experts: ExpertsOfLayers, num_experts: int) -> str:
