@@ -73,8 +73,8 @@ class Ops(ABC):
         """silu(first half) * second half of the last axis."""
         return reference.swiglu(x_T2N)
 
-    def swiglu_backward(self, x_T2N: Tensor, grad_TN: Tensor) -> tuple[Tensor, Tensor]:
-        """Of `swiglu`: its value [T, N] once more, and the gradient [T, 2N] for the value's gradient `grad_TN`."""
+    def swiglu_backward(self, x_T2N: Tensor, grad_TN: Tensor) -> Tensor:
+        """The gradient [T, 2N] of `swiglu`'s input for that of its value."""
         return reference.swiglu_backward(x_T2N, grad_TN)
 
     def attention(self, query_DHLX: Tensor, key_DHLX: Tensor, value_DHLV: Tensor, scale: float) -> Tensor:

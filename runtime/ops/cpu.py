@@ -16,6 +16,7 @@ from torch.nn.functional import embedding_bag, pad
 
 from runtime.ops import reference
 from runtime.ops.base import Ops
+from runtime.ops.cpu_attention import causal_attention
 
 # Rows per group up to which embedding_bag beats matmuls, looped or batched (`benchmarks/grouped_products.py`).
 MAX_BAG_ROWS_PER_BASE_GROUP = 6
@@ -23,6 +24,8 @@ MAX_BAG_ROWS_PER_LORA_PAGE = 16
 MAX_PANEL_COLUMNS = 256
 # oneDNN compiles and caches a kernel for each number of rows: milliseconds and half a megabyte for each.
 ROW_MULTIPLE = 16
+ROWS_IN_CACHE = 128
+TRAINING_ROW_MULTIPLE = 8  # groups are larger and kernels used for hours, so computing fewer rows twice counts more
 
 
 class CpuOps(Ops):
@@ -52,10 +55,11 @@ class CpuOps(Ops):
     def grouped_matmul(self, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:
         """See `Ops.grouped_matmul`."""
         counts = counts_G.tolist()
-        if weight_GJKW.shape[1] == 1 and not weight_GJKW.is_contiguous():
-            return _single_panel_matmul(x_MK, weight_GJKW[:, 0], counts)
         num_groups = len(counts) - counts.count(0)
-        if x_MK.shape[0] > MAX_BAG_ROWS_PER_BASE_GROUP * num_groups:
+        are_many = x_MK.shape[0] > MAX_BAG_ROWS_PER_BASE_GROUP * num_groups
+        if weight_GJKW.shape[1] == 1 and (are_many or not weight_GJKW.is_contiguous()):
+            return _single_panel_matmul(x_MK, weight_GJKW[:, 0], counts)
+        if are_many:
             return _loop_matmul(x_MK, weight_GJKW, counts)
         return _panel_bag_matmul(x_MK, weight_GJKW, counts_G)
 
@@ -68,11 +72,15 @@ class CpuOps(Ops):
                 start += count
 
     def grouped_outer(self, x_MK: Tensor, y_MN: Tensor, counts_G: Tensor) -> Tensor:
-        """See `Ops.grouped_outer`: in float32, whose kernels take any number of rows as it comes."""
-        outer_GKN = x_MK.new_zeros(len(counts_G), x_MK.shape[1], y_MN.shape[1], dtype=torch.float32)
+        """See `Ops.grouped_outer`: in float32, whose kernels take any number of rows; wide results are faster."""
+        if x_MK.shape[1] > y_MN.shape[1]:
+            return self.grouped_outer(y_MN, x_MK, counts_G).transpose(1, 2).contiguous()
+        outer_GKN = x_MK.new_empty(len(counts_G), x_MK.shape[1], y_MN.shape[1], dtype=torch.float32)
         start = 0
         for group, count in enumerate(counts_G.tolist()):
-            if count:
+            if not count:
+                outer_GKN[group] = 0
+            else:
                 rows = slice(start, start + count)
                 torch.mm(x_MK[rows].float().T, y_MN[rows].float(), out=outer_GKN[group])
                 start += count
@@ -98,13 +106,20 @@ class CpuOps(Ops):
             sum_TN.addcmul_(y_MN.index_select(0, places_T).float(), weights_T[:, None])
         return sum_TN.to(y_MN.dtype)
 
+    def swiglu_backward(self, x_T2N: Tensor, grad_TN: Tensor) -> Tensor:
+        """See `Ops.swiglu_backward`: some rows at a time, so that what passes from step to step stays in the cache."""
+        grad_T2N = torch.empty_like(x_T2N)
+        for x, grad, out in zip(*(t.split(ROWS_IN_CACHE) for t in (x_T2N, grad_TN, grad_T2N)), strict=True):
+            gate, up = x.chunk(2, dim=-1)
+            out_gate, out_up = out.chunk(2, dim=-1)
+            torch.mul(grad, torch.nn.functional.silu(gate), out=out_up)
+            out_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return grad_T2N
+
     def attention(self, query_DHLX: Tensor, key_DHLX: Tensor, value_DHLV: Tensor, scale: float) -> Tensor:
-        """See `Ops.attention`: the flash kernel wants one width for all three, and zeros change no product."""
-        num_value = value_DHLV.shape[3]
-        width = max(query_DHLX.shape[3], num_value)
-        query, key, value = (pad(x, (0, width - x.shape[3])) for x in (query_DHLX, key_DHLX, value_DHLV))
-        flash = torch.nn.functional.scaled_dot_product_attention
-        return flash(query, key, value, is_causal=True, scale=scale)[..., :num_value]
+        """See `Ops.attention`."""
+        query, key, value = (x.flatten(0, 1) for x in (query_DHLX, key_DHLX, value_DHLV))
+        return causal_attention(query, key, value, scale).view(*query_DHLX.shape[:3], -1)
 
     def mla_decode(
         self,
@@ -159,15 +174,15 @@ def _single_panel_matmul(x_MK: Tensor, weight_GKN: Tensor, counts: list[int]) ->
     start = 0
     for group, count in enumerate(counts):
         if count:
-            rows = _rounded_rows(start, count, x_MK.shape[0])
+            rows = _rounded_rows(start, count, x_MK.shape[0], TRAINING_ROW_MULTIPLE)
             torch.mm(x_MK[rows], weight_GKN[group], out=y_MN[rows])
             start += count
     return y_MN
 
 
-def _rounded_rows(start: int, count: int, num_rows: int) -> slice:
+def _rounded_rows(start: int, count: int, num_rows: int, multiple: int = ROW_MULTIPLE) -> slice:
     """A group's rows and some of the next group's, which that group then overwrites: few different sizes."""
-    return slice(start, min(start + -(-count // ROW_MULTIPLE) * ROW_MULTIPLE, num_rows))
+    return slice(start, min(start + -(-count // multiple) * multiple, num_rows))
 
 
 def _bag_index(groups_M: Tensor, weight_GKN: Tensor) -> Tensor:

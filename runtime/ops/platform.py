@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
+import sys
 
 import torch
 
@@ -46,3 +48,18 @@ def memory_peak_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return int(getattr(torch, device.type).max_memory_allocated(device))
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let this process keep what it frees on the CPU: faulting large tensors in anew costs a tenth of a step.
+
+    Works with glibc's allocator and changes nothing with others.
+    """
+    if device.type == "cpu" and sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_M_MMAP_MAX, 0)
+            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h

@@ -61,16 +61,12 @@ def swiglu(x_T2N: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def swiglu_backward(x_T2N: Tensor, grad_TN: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(x_T2N: Tensor, grad_TN: Tensor) -> Tensor:
     """Reference of `Ops.swiglu_backward`."""
     gate, up = x_T2N.chunk(2, dim=-1)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
-    grad_T2N = torch.empty_like(x_T2N)
-    grad_gate, grad_up = grad_T2N.chunk(2, dim=-1)
-    torch.mul(grad_TN, silu, out=grad_up)
-    torch.mul(grad_TN * up, sigmoid + silu * (1 - sigmoid), out=grad_gate)
-    return silu * up, grad_T2N
+    return torch.cat((grad_TN * up * (sigmoid + silu * (1 - sigmoid)), grad_TN * silu), dim=-1)
 
 
 def attention(query_DHLX: Tensor, key_DHLX: Tensor, value_DHLV: Tensor, scale: float) -> Tensor:

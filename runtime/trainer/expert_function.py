@@ -105,7 +105,7 @@ class _Adapted:
         self, a: Tensor, b: Tensor, scale: float, dropout: Dropout | None, rows: ExpertRows, like: _Like
     ) -> None:
         self.a_GRK = a.detach().to(like.dtype)
-        self.b_GNR = (b.detach() * scale).to(like.dtype)
+        self.b_GNR = (b.detach() if scale == 1 else b.detach() * scale).to(like.dtype)
         self.scale, self.dropout, self.rows, self.ops = scale, dropout, rows, like.ops
 
     def shrink(self, x_MK: Tensor) -> Tensor:
@@ -116,12 +116,16 @@ class _Adapted:
         """y += h B^T."""
         self._add_(y_MN, h_LR, _transposed(self.b_GNR))
 
-    def backward(self, grad_MN: Tensor, x_MK: Tensor, h_LR: Tensor, grad_x_MK: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of A and B; adds this projection's part to the gradient of x."""
+    def backward(self, grad_MN: Tensor, x_MK: Tensor, h_LR: Tensor, grad_x_MK: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Gradients of A and B; adds this projection's part to the gradient of x, if that is wanted."""
         grad_LN = self._chosen(grad_MN)
         grad_h_LR = self.ops.grouped_matmul(grad_LN, self.b_GNR[:, None], self.rows.counts_G)
-        grad_b_GNR = self.ops.grouped_outer(grad_LN, h_LR, self.rows.counts_G).mul_(self.scale)
+        grad_b_GNR = self.ops.grouped_outer(grad_LN, h_LR, self.rows.counts_G)
+        if self.scale != 1:
+            grad_b_GNR.mul_(self.scale)
         grad_a_GRK = self.ops.grouped_outer(grad_h_LR, self._input(x_MK), self.rows.counts_G)
+        if grad_x_MK is None:
+            return grad_a_GRK, grad_b_GNR
         if self.dropout is None:
             self._add_(grad_x_MK, grad_h_LR, self.a_GRK[:, None])
         else:
@@ -185,20 +189,25 @@ class _RoutedExperts(torch.autograd.Function):
         grad_y_MH = grads[0].index_select(0, rows.token_of_M)
         grad_inner = base.ops.grouped_matmul(grad_y_MH, base.w2[:, None], rows.counts_E)
         gates = gates_M[:, None].to(x_TH.dtype)
+        grads2: tuple[Tensor | None, ...] = (None, None)
+        inner = base.ops.swiglu(gate_up)
         if second is not None:
-            inner = base.ops.swiglu(gate_up).mul_(gates)
-            grads2 = second.backward(grad_y_MH, inner, shrunk2, grad_inner)
-            del inner
+            grads2 = second.backward(grad_y_MH, inner * gates, shrunk2, grad_inner)
         del grad_y_MH
-        inner, grad_gate_up = base.ops.swiglu_backward(gate_up, grad_inner * gates)
         grad_gates = torch.linalg.vecdot(inner, grad_inner).to(gates_M.dtype)
-        del inner, grad_inner
-        grad_x_MH = base.ops.grouped_matmul(grad_gate_up, base.w13[:, None], rows.counts_E)
-        if first is None or second is None:
-            return _sum_of_places(grad_x_MH, rows.places_TK), grad_gates, *(None,) * 7
-        x_MH = x_TH.index_select(0, rows.token_of_M)
-        grads13 = first.backward(grad_gate_up, x_MH, shrunk13, grad_x_MH)
-        return _sum_of_places(grad_x_MH, rows.places_TK), grad_gates, *grads13, *grads2, None, None, None
+        del inner
+        grad_gate_up = base.ops.swiglu_backward(gate_up, grad_inner.mul_(gates))
+        del grad_inner
+        # Below the first adapted layer nothing wants a gradient, and the largest product of all can be left out.
+        grad_x_MH = grad_x_TH = None
+        if ctx.needs_input_grad[0]:
+            grad_x_MH = base.ops.grouped_matmul(grad_gate_up, base.w13[:, None], rows.counts_E)
+        grads13: tuple[Tensor | None, ...] = (None, None)
+        if first is not None:
+            grads13 = first.backward(grad_gate_up, x_TH.index_select(0, rows.token_of_M), shrunk13, grad_x_MH)
+        if grad_x_MH is not None:
+            grad_x_TH = _sum_of_places(grad_x_MH, rows.places_TK)
+        return grad_x_TH, grad_gates, *grads13, *grads2, None, None, None
 
 
 def _both(
@@ -219,8 +228,10 @@ def _transposed(weight_GNK: Tensor) -> Tensor:
 
 def _sum_of_places(y_MH: Tensor, places_TK: Tensor) -> Tensor:
     """Each input row's sum over its routed rows, in float32; place M adds nothing."""
-    padded = torch.cat((y_MH, y_MH.new_zeros(1, y_MH.shape[1])))
-    sum_TH = padded.new_zeros(places_TK.shape[0], y_MH.shape[1], dtype=torch.float32)
-    for places_T in places_TK.unbind(1):
-        sum_TH += padded.index_select(0, places_T)
+    if y_MH.shape[0] < places_TK.numel():
+        y_MH = torch.cat((y_MH, y_MH.new_zeros(1, y_MH.shape[1])))
+    first_T, *rest = places_TK.unbind(1)
+    sum_TH = y_MH.index_select(0, first_T).float()
+    for places_T in rest:
+        sum_TH += y_MH.index_select(0, places_T)
     return sum_TH.to(y_MH.dtype)

@@ -12,6 +12,7 @@ import torch
 from loaders.tokenizer import Tokenizer
 from runtime.distributed.mesh import Mesh, gather_objects, sum_numbers
 from runtime.models.deepseek.config import DeepseekConfig
+from runtime.ops.platform import keep_freed_memory
 from runtime.trainer.checkpoint import (
     CheckpointProblem,
     RunState,
@@ -66,6 +67,7 @@ class Training:
         Raises ValueError (ConfigError, DataError, CheckpointError, CheckpointProblem) with a sentence for the user.
         """
         self.config, self.mesh, self.device = config, mesh, device
+        keep_freed_memory(device)
         found = find_checkpoint(config.output, resume)
         resumed = None if found is None else read_run_state(found)
         if resumed is not None:

@@ -61,9 +61,8 @@ def gradient_norm(parameters: Sequence[LoraParameter], mesh: Mesh) -> float:
     """The norm over the whole adapter, every factor counted once."""
     total = torch.zeros((), dtype=torch.float64)
     for parameter in parameters:
-        grad = _gradient(parameter)
-        square = torch.linalg.vector_norm(grad, dtype=torch.float64 if grad.device.type == "cpu" else None).cpu() ** 2
-        total += square / parameter.replicas(mesh).size
+        norm = torch.linalg.vector_norm(_gradient(parameter)).double().cpu()
+        total += norm**2 / parameter.replicas(mesh).size
     if mesh.world.handle is not None:
         dist.all_reduce(total, group=mesh.world.handle)
     return math.sqrt(float(total))

@@ -89,8 +89,9 @@ class TrainingStage(nn.Module):
     def hidden(self, x_TH: Tensor | None, batch: MicroBatch) -> Tensor:
         """Through this stage's layers: [T, H] from the stage before, None in the first one -> [T, H]."""
         if x_TH is None:
-            # A leaf that wants a gradient: without one, a stage whose first layers are frozen would end the graph.
-            x_TH = self._embedded(batch.token_ids_T).requires_grad_(torch.is_grad_enabled())
+            x_TH = self._embedded(batch.token_ids_T)
+            if self.mesh.pp.size > 1:  # a stage without anything to train must have a way back all the same
+                x_TH.requires_grad_(torch.is_grad_enabled())
         rotation = cos_sin(batch.positions_T, self.inverse_frequencies, self.rotary_scale)
         for layer in self.layers.values():
             if self.options.activation_checkpointing and self.training:
