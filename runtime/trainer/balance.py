@@ -58,13 +58,15 @@ def limit_load(
     """
     num_experts, num_choices = scores_TE.shape[1], experts_TK.shape[1]
     row_T = torch.arange(len(scores_TE), device=scores_TE.device) // batch.width
-    used_B = torch.tensor([sum(row) for row in batch.lengths], device=scores_TE.device)
-    capacity_T = torch.ceil(used_B * (factor * num_choices / num_experts)).long()[row_T]
-    scores = scores_TE.detach()
+    # Rounded first, so that a product which is whole but for the last bits of a float is not rounded up.
+    capacities = [math.ceil(round(factor * sum(row) * num_choices / num_experts, 9)) for row in batch.lengths]
+    capacity_T = torch.tensor(capacities, device=scores_TE.device)[row_T]
+    # Padding stands behind everything, so that it takes nobody's room.
+    scores = scores_TE.detach().masked_fill(~batch.is_real_T[:, None], -math.inf)
     keep_TK = _within_capacity(scores, experts_TK, row_T, capacity_T) & batch.is_real_T[:, None]
     if not reroute:
         return experts_TK, keep_TK
-    wishes_TE = router.choice_scores(scores)
+    wishes_TE = router.choice_scores(scores_TE.detach())
     wishes_TE = wishes_TE.masked_fill(wishes_TE == 0, -math.inf)  # V2 marks groups that are not open by zeros
     tried_TE = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, experts_TK, True)
     for _ in range(num_experts - num_choices):

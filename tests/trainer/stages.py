@@ -82,7 +82,7 @@ def make_batch(
         CPU,
         rows=range(first_row, first_row + len(rows)),
         row_tokens=ROW_TOKENS,
-        loss_weight=1 / sum(num_target_tokens(row) for row in step),
+        loss_weight=1 / max(1, sum(num_target_tokens(row) for row in step)),
         row_weight=1 / len(step),
     )
 
