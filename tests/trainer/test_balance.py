@@ -127,7 +127,8 @@ def limited(base: Oracle, batch: MicroBatch, factor: float, seed: int, *, rerout
 
 def capacity(factor: float, num_tokens: int, shape: Shape) -> int:
     """ceil(factor x L x K / E), in whole numbers (`factor` is a multiple of 1/8)."""
-    choices, experts = shape.config["num_experts_per_tok"], shape.config["n_routed_experts"]
+    choices: int = shape.config["num_experts_per_tok"]
+    experts: int = shape.config["n_routed_experts"]
     return math.ceil(int(factor * 8) * num_tokens * choices / (8 * experts))
 
 
