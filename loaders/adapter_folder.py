@@ -157,6 +157,13 @@ class AdapterFolder:
         return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
 
 
+def folder_digest(path: Path) -> str:
+    """The digest of an adapter's folder as a load would find it; raises AdapterError."""
+    with AdapterFolder(path, None) as folder:
+        folder.read(set())
+        return folder.digest
+
+
 def _refused_files(names: list[str]) -> list[str]:
     return [
         f"{name}: pickled weights are never read and not accepted beside safetensors; remove or convert them"

@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_export(commands)
     _add_bench(commands)
+    _add_train(commands)
     demo = commands.add_parser("demo", help="serve the bundled model and adapters, send requests, print a table")
     demo.set_defaults(module="demo")
     return parser
@@ -204,7 +205,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     export = commands.add_parser("export", help="write an adapter for other programs, or merged into its base")
     export.set_defaults(module="export")
     add = export.add_argument
-    add("adapter", type=Path, metavar="ADAPTER", help="an adapter folder, in any layout that Graft reads")
+    add("adapter", type=Path, metavar="ADAPTER", help="an adapter folder, or a checkpoint of a training run")
     add("--base", type=Path, required=True, metavar="MODEL", help="the model folder that it belongs to")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to write; an adapter there is replaced")
     form = export.add_mutually_exclusive_group()
@@ -241,6 +242,19 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--out", type=Path, default=Path("graft-bench.json"), metavar="FILE", help="default %(default)s")
     add("--picture", type=Path, metavar="FILE", help=".png or .svg; default: beside the JSON file, as .png")
     add("--no-picture", action="store_true", help="write none; matplotlib is not needed then")
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    train = commands.add_parser("train", help="train an adapter, as a YAML file says (docs/training.md)")
+    train.set_defaults(module="train")
+    add = train.add_argument
+    add("config", type=Path, metavar="CONFIG.yaml", help="the run's settings")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting (optimizer.lr=1e-4)")
+    add("--resume", nargs="?", const="latest", metavar="CHECKPOINT",
+        help="go on from the newest checkpoint of the output folder, or from this one")  # fmt: skip
+    add("--dry-run", action="store_true", help="print trainable tensors, memory per process and work, and stop")
+    add("--publish", metavar="H:P", help="load the result into the server with this admin port")
+    add("--name", metavar="NAME", help="the name that it gets there")
 
 
 def _name_and_path(text: str) -> tuple[str, Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 
 
@@ -36,3 +37,19 @@ def process_rank() -> tuple[int, int, int]:
 
 
 _TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def is_started_by_torchrun() -> bool:
+    """Whether this process is one of several that a launcher started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def processes_environment(environment: dict[str, str], num_processes: int) -> list[dict[str, str]]:
+    """Environments of processes that meet on this host, with this host's cores shared among them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = max(1, (os.cpu_count() or 1) // num_processes)
+    shared = {"OMP_NUM_THREADS": str(threads)} | environment
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]

@@ -20,8 +20,9 @@ def run(options: argparse.Namespace) -> int:
     for folder in (options.adapter, options.base):
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
-    targets = DeepseekConfig.from_dir(options.base).adapter_targets()
-    source = read_source(options.adapter, targets)
+    base = DeepseekConfig.from_dir(options.base)
+    targets = base.adapter_targets()
+    source = read_source(options.adapter, base)
     if not (source.linears or source.experts):
         raise ValueError(f"{options.adapter}: every lora_B is zero, there is nothing to export")
     _print_remarks(source)

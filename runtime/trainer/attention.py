@@ -33,8 +33,6 @@ class TrainingAttention(nn.Module):
         self, name: str, config: DeepseekConfig, placement: Placement, tp: Group, specs: Mapping[str, LoraSpec]
     ) -> None:
         super().__init__()
-        if config.num_attention_heads % tp.size:
-            raise ValueError(f"parallel.tp = {tp.size} does not divide the {config.num_attention_heads} heads")
         self.tp, self.ops, self.scale = tp, placement.ops, softmax_scale(config)
         self.num_heads = config.num_attention_heads // tp.size
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim

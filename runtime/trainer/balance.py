@@ -61,12 +61,12 @@ def limit_load(
     # Rounded first, so that a product which is whole but for the last bits of a float is not rounded up.
     capacities = [math.ceil(round(factor * sum(row) * num_choices / num_experts, 9)) for row in batch.lengths]
     capacity_T = torch.tensor(capacities, device=scores_TE.device)[row_T]
-    # Padding stands behind everything, so that it takes nobody's room.
-    scores = scores_TE.detach().masked_fill(~batch.is_real_T[:, None], -math.inf)
-    keep_TK = _within_capacity(scores, experts_TK, row_T, capacity_T) & batch.is_real_T[:, None]
+    scores = scores_TE.detach()
+    is_real_T1 = batch.is_real_T[:, None]
+    keep_TK = _within_capacity(scores, experts_TK, row_T, capacity_T, is_real_T1.int()) & is_real_T1
     if not reroute:
         return experts_TK, keep_TK
-    wishes_TE = router.choice_scores(scores_TE.detach())
+    wishes_TE = router.choice_scores(scores)
     wishes_TE = wishes_TE.masked_fill(wishes_TE == 0, -math.inf)  # V2 marks groups that are not open by zeros
     tried_TE = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, experts_TK, True)
     for _ in range(num_experts - num_choices):
@@ -80,18 +80,17 @@ def limit_load(
         experts_TK = experts_TK.clone()
         experts_TK[moves_T, place_T[moves_T]] = best_T.indices[moves_T]
         tried_TE[moves_T, best_T.indices[moves_T]] = True
-        keep_TK = _within_capacity(scores, experts_TK, row_T, capacity_T, keep_TK) & batch.is_real_T[:, None]
+        order_TK = is_real_T1.int() + keep_TK
+        keep_TK = _within_capacity(scores, experts_TK, row_T, capacity_T, order_TK) & is_real_T1
     return experts_TK, keep_TK
 
 
 def _within_capacity(
-    scores_TE: Tensor, experts_TK: Tensor, row_T: Tensor, capacity_T: Tensor, kept_TK: Tensor | None = None
+    scores_TE: Tensor, experts_TK: Tensor, row_T: Tensor, capacity_T: Tensor, class_TK: Tensor
 ) -> Tensor:
-    """Which choices are among their row's best for their expert; those kept before go first."""
+    """Which choices are among their row's best for their expert: those of a higher class first, then by score."""
     num_experts = scores_TE.shape[1]
-    score_C = scores_TE.gather(1, experts_TK).flatten().double()
-    if kept_TK is not None:
-        score_C = score_C + kept_TK.flatten() * 1e3
+    score_C = (scores_TE.gather(1, experts_TK).double() + 2.0 * class_TK).flatten()  # scores are within 0..1
     bin_C = (row_T[:, None] * num_experts + experts_TK).flatten()
     order_C = score_C.argsort(descending=True, stable=True)
     order_C = order_C[bin_C[order_C].argsort(stable=True)]

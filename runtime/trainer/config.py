@@ -137,6 +137,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     check_replicas_every: int = 100
     export_format: str = "per-expert"
+    measure_mfu: bool = True
 
     @property
     def num_micro_batches(self) -> int:

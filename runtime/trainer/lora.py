@@ -48,8 +48,6 @@ class LoraParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         out_features, in_features = shape
-        if shape[split.value or 0] % tp.size:
-            raise ValueError(f"parallel.tp = {tp.size} does not divide the {shape[split.value or 0]} rows of {name}")
         self.name, self.shape, self.split, self.spec = name, shape, split, spec
         self.local_in = in_features // tp.size if split is Split.ROW else in_features
         self.local_out = out_features // tp.size if split is Split.COLUMN else out_features
@@ -82,7 +80,7 @@ class LoraParallelLinear(nn.Module):
             LoraParameter(f"{self.name}.{Side.A}", Side.A, self.lora_A, (rank, in_features), scale,
                           shard_dim=1 if row else None, is_partial=column),
             LoraParameter(f"{self.name}.{Side.B}", Side.B, self.lora_B, (out_features, rank), scale,
-                          shard_dim=0 if column else None),
+                          shard_dim=0 if column else None, is_partial=row),
         ]  # fmt: skip
 
 

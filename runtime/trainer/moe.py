@@ -54,8 +54,6 @@ class TrainingMoe(nn.Module):
     ) -> None:
         super().__init__()
         name = f"model.layers.{layer}.mlp"
-        if config.n_routed_experts % mesh.ep.size:
-            raise ValueError(f"parallel.ep = {mesh.ep.size} does not divide the {config.n_routed_experts} experts")
         self.mesh, self.routing = mesh, routing
         self.per_process = config.n_routed_experts // mesh.ep.size
         first = self.per_process * mesh.ep.rank
@@ -91,6 +89,10 @@ class TrainingMoe(nn.Module):
         if self.shared_experts is not None:
             routed = routed + self.shared_experts(x_TH, batch.ids_T)
         return leave_parallel(routed, self.mesh.tp)
+
+    def reset_statistics(self) -> None:
+        """Begin to count anew."""
+        self.statistics = RoutingStatistics()
 
     def _count(self, balance: Tensor | None, keep_TK: Tensor | None, batch: MicroBatch) -> None:
         if id(batch) in self.statistics.counted:

@@ -24,7 +24,7 @@ class LoraParameter:
 
     `shape` is the full one, [r, in] or [out, r], of one expert where `experts` lists the global indices of the
     experts in dimension 0 of `tensor`. `shard_dim`: split over tp along that dimension of `shape`.
-    `is_partial`: the gradient here counts only this tp process's part of the output.
+    `is_partial`: the gradient here counts only this tp process's part of the module.
     """
 
     name: str

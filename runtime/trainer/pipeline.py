@@ -44,14 +44,16 @@ class _Pipeline:
         pp, placement = stage.mesh.pp, stage.placement
         self._module = _NumberedStage(stage)
         self._numbers = torch.arange(num_micro_batches)
-        hidden = torch.empty(tokens_per_batch, stage.config.hidden_size, dtype=placement.dtype, device="meta")
+        shape = (tokens_per_batch, stage.config.hidden_size)
+        hidden = torch.empty(shape, dtype=placement.dtype, device="meta", requires_grad=True)
+        loss = torch.empty(1, dtype=torch.float32, device="meta", requires_grad=True)
         pipeline_stage = PipelineStage(
             self._module,
             pp.rank,
             pp.size,
             placement.device,
             input_args=torch.empty(1, dtype=torch.int64, device="meta") if stage.is_first else hidden,
-            output_args=torch.empty(1, dtype=torch.float32, device="meta") if stage.is_last else hidden,
+            output_args=loss if stage.is_last else hidden,
             group=pp.handle,
         )
         self._schedule = Schedule1F1B(pipeline_stage, num_micro_batches, loss_fn=_loss_itself, scale_grads=False)

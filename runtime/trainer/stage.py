@@ -74,8 +74,6 @@ class TrainingStage(nn.Module):
         self.config, self.placement, self.mesh, self.options = config, placement, mesh, options
         self.is_first, self.is_last = mesh.pp.rank == 0, mesh.pp.rank == mesh.pp.size - 1
         vocab, hidden = config.vocab_size, config.hidden_size
-        if vocab % mesh.tp.size:
-            raise ValueError(f"parallel.tp = {mesh.tp.size} does not divide the vocabulary of {vocab}")
         if self.is_first:
             self.embed_tokens = placement.empty(vocab // mesh.tp.size, hidden)
         self.layers = nn.ModuleDict(

@@ -11,6 +11,7 @@ from runtime.distributed.mesh import Group
 from runtime.trainer.config import TrainConfig
 from runtime.trainer.data.batch import collate
 from runtime.trainer.data.documents import Document
+from runtime.trainer.data.rows import RowStream
 from runtime.trainer.micro_batch import MicroBatch, make_micro_batch
 
 Row = tuple[Document, ...]
@@ -57,3 +58,11 @@ def row_width(config: TrainConfig) -> int:
 def num_target_tokens(row: Row) -> int:
     """Tokens of a row that the loss is taken over; a document's first token has nothing to be predicted from."""
     return sum(int(document.is_target[1:].sum()) for document in row)
+
+
+def mean_row(config: TrainConfig, documents: Sequence[Document]) -> tuple[float, float]:
+    """(tokens, target tokens) of a row of the first epoch, on average."""
+    stream = RowStream(documents, config.data, config.seed)
+    num_rows = stream.num_rows(1)
+    num_tokens = sum(len(document) for document in documents)
+    return num_tokens / num_rows, num_target_tokens(tuple(documents)) / num_rows

@@ -75,6 +75,12 @@ def is_routed(module: str) -> bool:
     return ".mlp.experts" in module
 
 
+def module_of(factor: str) -> str:
+    """The module of a factor's global name, an expert's or a linear's."""
+    head, found, _ = factor.partition(".mlp.experts.")
+    return f"{head}.mlp.experts" if found else factor.rpartition(".")[0]
+
+
 def _spec(module: str, settings: ModuleLora, lora: LoraSettings, seed: int) -> LoraSpec:
     alpha = settings.rank if settings.alpha is None else settings.alpha
     scale = alpha / (math.sqrt(settings.rank) if lora.rslora else settings.rank)

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loaders.adapter import load_adapter
-from loaders.adapter_types import AdapterTargets
+from runtime.models.deepseek.config import DeepseekConfig
+from runtime.trainer.checkpoint import RUN_FILE, CheckpointProblem, read_factors
+from runtime.trainer.config_file import from_plain
 from runtime.trainer.export.layouts import Experts, Linears
+from runtime.trainer.gather import as_adapter
+from runtime.trainer.targets import module_of, resolve_targets
 
 MAX_LORA_RANK = 512
 
@@ -22,12 +26,28 @@ class AdapterSource:
     remarks: tuple[str, ...]
 
 
-def read_source(path: Path, targets: AdapterTargets) -> AdapterSource:
-    """Read the adapter at `path`: an adapter folder in any layout that the loaders know.
+def read_source(path: Path, base: DeepseekConfig) -> AdapterSource:
+    """Read the adapter at `path`: a checkpoint of a training run, or an adapter in any layout that the loaders know.
 
-    Other kinds of folders are told apart here. Raises AdapterError with every problem.
+    Raises AdapterError with every problem, CheckpointProblem, or ConfigError if the checkpoint is of another base.
     """
+    if (path / RUN_FILE).is_file():
+        return _read_checkpoint(path, base)
+    targets = base.adapter_targets()
     weights = load_adapter(path, targets, max_lora_rank=MAX_LORA_RANK)
     base_name = weights.config.get("base_model_name_or_path")
     remarks = (*weights.warnings, *(f"{key}: {reason}" for key, reason in weights.skipped))
     return AdapterSource(weights.linears, weights.experts, base_name if isinstance(base_name, str) else None, remarks)
+
+
+def _read_checkpoint(path: Path, base: DeepseekConfig) -> AdapterSource:
+    state, factors = read_factors(path)
+    config = from_plain(state.settings, str(path / RUN_FILE))
+    specs = resolve_targets(base, config.lora, config.seed)
+    scales = {name: specs[module].scale for name in factors if (module := module_of(name)) in specs}
+    unknown = sorted(factors.keys() - scales.keys())
+    if unknown:
+        raise CheckpointProblem(f"{path} holds {unknown[0]}, which this base does not have: is it another base?")
+    adapter = as_adapter(factors, scales)
+    remark = f"a checkpoint after step {state.step}"
+    return AdapterSource(adapter.linears, adapter.experts, config.model.resolve().name, (remark,))

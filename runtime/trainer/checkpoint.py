@@ -1,0 +1,266 @@
+"""Checkpoints for resuming: torch.distributed.checkpoint files that any layout can read, whole or not there at all.
+
+A checkpoint is the folder step-NNNNNNNN: factors and Adam's moments by global name (one name for each expert), run.json
+(settings, step, experts that are trained) and files.json (size and checksum of every other file).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from runtime.distributed.mesh import Mesh, barrier, gather_objects
+from runtime.trainer.parameters import LoraParameter
+
+PREFIX = "step-"
+RUN_FILE, FILES_FILE = "run.json", "files.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_CHUNK_BYTES = 1 << 22
+_ALONE = "torch.distributed is disabled"  # told of a process that is alone on purpose
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointProblem(ValueError):
+    """A checkpoint that cannot be written or used; `str()` is the sentence for the user."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands: optimizer steps done, its settings, the experts that are trained (None: all)."""
+
+    step: int
+    settings: Mapping[str, Any]
+    experts: Mapping[int, tuple[int, ...]] | None
+    best_loss: float | None = None
+    best_step: int | None = None
+
+
+def save_checkpoint(
+    folder: Path,
+    state: RunState,
+    parameters: Sequence[LoraParameter],
+    optimizer: torch.optim.Optimizer,
+    mesh: Mesh,
+) -> Path:
+    """Write under a temporary name, force to disk, rename. Raises CheckpointProblem on every process if one cannot."""
+    path = folder / f"{PREFIX}{state.step:08d}"
+    partial = folder / f".{path.name}.partial"
+    problem = _tried(lambda: _prepare(partial, path), mesh.world.rank == 0)
+    _raise_any(problem, path, partial, mesh)
+    tensors = _state_dict(parameters, optimizer, mesh)
+    _raise_any(_tried(lambda: _write(partial, tensors, mesh)), path, partial, mesh)
+    _raise_any(_tried(lambda: _finish(partial, path, state), mesh.world.rank == 0), path, partial, mesh)
+    return path
+
+
+def read_run_state(path: Path) -> RunState:
+    """What run.json says; raises CheckpointProblem if the folder is no whole checkpoint."""
+    try:
+        raw = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+        experts = raw["experts"]
+        kept = None if experts is None else {int(layer): tuple(chosen) for layer, chosen in experts.items()}
+        return RunState(raw["step"], raw["settings"], kept, raw["best_loss"], raw["best_step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointProblem(_broken(path, f"{RUN_FILE} is missing or damaged")) from None
+
+
+def check_files(path: Path) -> None:
+    """Compare every file with its size and checksum; raises CheckpointProblem naming the first that differs."""
+    try:
+        files = json.loads((path / FILES_FILE).read_text(encoding="utf-8"))
+        pairs = [(str(name), int(size), int(checksum)) for name, (size, checksum) in files.items()]
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise CheckpointProblem(_broken(path, f"{FILES_FILE} is missing or damaged")) from None
+    for name, size, checksum in pairs:
+        file = path / name
+        if not file.is_file():
+            raise CheckpointProblem(_broken(path, f"{name} is missing"))
+        if file.stat().st_size != size or _checksum(file) != checksum:
+            raise CheckpointProblem(_broken(path, f"{name} is not what was written"))
+
+
+def load_checkpoint(
+    path: Path, parameters: Sequence[LoraParameter], optimizer: torch.optim.Optimizer, mesh: Mesh
+) -> None:
+    """Fill factors and moments, whatever layout wrote them; raises CheckpointProblem."""
+    _raise_problem(_tried(lambda: check_files(path), mesh.world.rank == 0), mesh)
+    state = read_run_state(path)
+    _make_moments(optimizer, state.step)
+    tensors = _state_dict(parameters, optimizer, mesh)
+
+    def read() -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _ALONE)
+            dcp_load(tensors, checkpoint_id=str(path), no_dist=mesh.world.handle is None)
+
+    _raise_problem(_tried(read), mesh)
+
+
+def read_factors(path: Path) -> tuple[RunState, dict[str, Tensor]]:
+    """Every factor of a checkpoint, whole, by global name; in one process, without the base."""
+    check_files(path)
+    state = read_run_state(path)
+    reader = FileSystemReader(str(path))
+    entries = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith("factor.") and isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _ALONE)
+        dcp_load(tensors, storage_reader=reader, no_dist=True)
+    return state, {name.removeprefix("factor."): tensor for name, tensor in tensors.items()}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; what a killed process left half written is not among them."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / FILES_FILE).is_file())
+
+
+def remove_old(folder: Path, num_kept: int, best_step: int | None) -> None:
+    """Keep the newest ones and the best; remove the others and what was left half written."""
+    kept = set(checkpoints(folder)[-num_kept:]) | {folder / f"{PREFIX}{best_step or 0:08d}"}
+    for path in folder.iterdir():
+        if path not in kept and path.name.lstrip(".").startswith(PREFIX):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _state_dict(
+    parameters: Sequence[LoraParameter], optimizer: torch.optim.Optimizer, mesh: Mesh
+) -> dict[str, Tensor]:
+    """Views of all that is saved: DTensors where tp splits, plain tensors for the rest and for each expert."""
+    found: dict[str, Tensor] = {}
+    device_mesh = None
+    if mesh.tp.handle is not None and parameters:
+        device_mesh = DeviceMesh.from_group(mesh.tp.handle, parameters[0].tensor.device.type)
+    for parameter in parameters:
+        moments = optimizer.state[parameter.tensor]
+        values = {"factor": parameter.tensor.detach(), **{name: moments[name] for name in MOMENTS}}
+        for kind, tensor in values.items():
+            if parameter.experts is not None:
+                for index, expert in enumerate(parameter.experts):
+                    found[f"{kind}.{parameter.expert_name(expert)}"] = tensor[index]
+            elif parameter.shard_dim is not None and device_mesh is not None:
+                placements = [Shard(parameter.shard_dim)]
+                found[f"{kind}.{parameter.name}"] = DTensor.from_local(tensor, device_mesh, placements, run_check=False)
+            else:
+                found[f"{kind}.{parameter.name}"] = tensor
+    return found
+
+
+def _make_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            moments = {name: torch.zeros_like(tensor) for name in MOMENTS}
+            optimizer.state[tensor] = {"step": torch.tensor(float(step)), **moments}
+
+
+def _prepare(partial: Path, path: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(path, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _write(partial: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _ALONE)
+        dcp_save(tensors, checkpoint_id=str(partial), no_dist=mesh.world.handle is None)
+
+
+def _finish(partial: Path, path: Path, state: RunState) -> None:
+    experts = None if state.experts is None else {str(layer): list(own) for layer, own in state.experts.items()}
+    run = {"step": state.step, "settings": state.settings, "experts": experts, "best_loss": state.best_loss,
+           "best_step": state.best_step}  # fmt: skip
+    (partial / RUN_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
+    names = sorted(file.name for file in partial.iterdir())
+    files = {name: ((partial / name).stat().st_size, _checksum(partial / name)) for name in names}
+    (partial / FILES_FILE).write_text(json.dumps(files, indent=1), encoding="utf-8")
+    for file in (*partial.iterdir(), partial):
+        _force_to_disk(file)
+    partial.rename(path)
+    _force_to_disk(path.parent)
+
+
+def _force_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _tried(work: Any, here: bool = True) -> str | None:
+    """Do the work on the processes that shall; what went wrong, in words."""
+    if not here:
+        return None
+    try:
+        work()
+    except CheckpointProblem as cause:
+        return str(cause)
+    except OSError as cause:
+        return cause.strerror or str(cause)
+    except Exception as cause:  # noqa: BLE001 - torch wraps what its writers and readers raise
+        return _first_reason(cause)
+    return None
+
+
+def _first_reason(error: BaseException) -> str:
+    """The file system's own words inside torch's CheckpointException, which lists what each process raised."""
+    causes = [failure[0] for failure in getattr(error, "failures", {}).values()]
+    for cause in [*causes, error]:
+        text = cause.strerror if isinstance(cause, OSError) else str(cause)
+        if text:
+            return " ".join(text.split())[:300]
+    return type(error).__name__
+
+
+def _raise_any(problem: str | None, path: Path, partial: Path, mesh: Mesh) -> None:
+    try:
+        _raise_problem(problem and f"{path}: the checkpoint cannot be written ({problem})", mesh)
+    except CheckpointProblem:
+        if mesh.world.rank == 0:
+            with suppress(OSError):
+                shutil.rmtree(partial)
+        barrier(mesh.world)
+        raise
+
+
+def _raise_problem(problem: str | None, mesh: Mesh) -> None:
+    """All processes raise what one of them met."""
+    found = next((other for other in gather_objects(problem, mesh.world) if other), None)
+    if found:
+        raise CheckpointProblem(str(found))
+
+
+def _broken(path: Path, what: str) -> str:
+    others = [other.name for other in checkpoints(path.parent) if other != path] if path.parent.is_dir() else []
+    instead = f"resume from another one ({', '.join(others[-3:])})" if others else "there is no other in that folder"
+    return f"{path} is not a whole checkpoint: {what}; {instead}"

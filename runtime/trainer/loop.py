@@ -1,0 +1,198 @@
+"""The training loop of one process: rows in, optimizer steps, log, evaluation, checkpoints, the adapter at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loaders.tokenizer import Tokenizer
+from runtime.distributed.mesh import Mesh, gather_objects, sum_numbers
+from runtime.models.deepseek.config import DeepseekConfig
+from runtime.trainer.checkpoint import (
+    CheckpointProblem,
+    RunState,
+    checkpoints,
+    load_checkpoint,
+    read_run_state,
+    remove_old,
+    save_checkpoint,
+)
+from runtime.trainer.config import TrainConfig
+from runtime.trainer.config_file import as_plain
+from runtime.trainer.data.documents import Document, read_documents, split_documents
+from runtime.trainer.data.rows import RowStream
+from runtime.trainer.evaluate import evaluate
+from runtime.trainer.model import TrainedModel, prepare_model
+from runtime.trainer.optimizer import learning_rate, make_optimizer, set_learning_rate
+from runtime.trainer.parameters import num_elements
+from runtime.trainer.pipeline import gradients_of
+from runtime.trainer.replicas import check_replicas, clip_gradients, gradient_norm, sum_gradients
+from runtime.trainer.results import ADAPTER, BEST_ADAPTER, CHECKPOINTS, RunReport, write_result
+from runtime.trainer.resume import check_same_run, find_checkpoint
+from runtime.trainer.step_data import row_width, step_data
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What is learnt from and what is scored on; `num_steps` optimizer steps in all."""
+
+    rows: RowStream
+    documents: list[Document]
+    evaluation: list[Document]
+    num_steps: int
+
+
+class Training:
+    """One run in one process; `run` does all of it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        device: torch.device,
+        resume: str | None = None,
+        data: RunData | None = None,
+    ) -> None:
+        """Read the data, load the base, spread or resume the factors.
+
+        `resume`: "latest", or a checkpoint's name or folder. `data`: what was read already, or made otherwise.
+
+        Raises ValueError (ConfigError, DataError, CheckpointError, CheckpointProblem) with a sentence for the user.
+        """
+        self.config, self.mesh, self.device = config, mesh, device
+        found = find_checkpoint(config.output, resume)
+        resumed = None if found is None else read_run_state(found)
+        if resumed is not None:
+            check_same_run(config, resumed)
+        self.base = DeepseekConfig.from_dir(config.model)
+        self.data = data or read_run_data(config, log=mesh.world.rank == 0)
+        self.model: TrainedModel = prepare_model(config, self.base, mesh, device, self.data.documents, resumed)
+        self.optimizer = make_optimizer(self.model.parameters, config.optimizer)
+        self.step, self.best_loss, self.best_step = 0, None if resumed is None else resumed.best_loss, None
+        if found is not None and resumed is not None:
+            load_checkpoint(found, self.model.parameters, self.optimizer, mesh)
+            check_replicas(self.model.parameters, mesh, resumed.step)
+            self.step, self.best_step = resumed.step, resumed.best_step
+        self._gradients = gradients_of(
+            self.model.stage, config.num_micro_batches, config.micro_batch_rows * row_width(config)
+        )
+        self.report = RunReport(config, self.base, self.model, mesh, self.data.num_steps, resumed)
+        self._log_start()
+
+    def run(self) -> Path | None:
+        """Train to the end; the folder of the adapter on process 0. A failed checkpoint does not end the run."""
+        try:
+            while self.step < self.data.num_steps:
+                self.train_step()
+                self.after_step()
+            return self._finish()
+        finally:
+            self.report.close()
+
+    def train_step(self) -> float:
+        """One optimizer step over `batch_rows` rows; the mean loss over its target tokens."""
+        begin = time.perf_counter()
+        config, mesh = self.config, self.mesh
+        first_row = self.step * config.batch_rows
+        rows = [self.data.rows.row(first_row + index) for index in range(config.batch_rows)]
+        data = step_data(config, rows, first_row, mesh.dp, self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        own_loss = self._gradients(data.micro_batches)
+        sum_gradients(self.model.parameters, mesh)
+        norm = gradient_norm(self.model.parameters, mesh)
+        if config.optimizer.clip_norm is not None:
+            clip_gradients(self.model.parameters, norm, config.optimizer.clip_norm)
+        self.step += 1
+        lr = learning_rate(config.optimizer, self.step, self.data.num_steps)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        (loss,) = sum_numbers([own_loss / mesh.tp.size], mesh.world, self.device)
+        seconds = time.perf_counter() - begin
+        self.report.step(self.step, self.data.rows.epoch_of(first_row), loss, lr, norm, data, rows, seconds)
+        return loss
+
+    def after_step(self) -> None:
+        """What is due after an optimizer step: the replicas compared, an evaluation, a checkpoint."""
+        config, step = self.config, self.step
+        if config.check_replicas_every and step % config.check_replicas_every == 0:
+            check_replicas(self.model.parameters, self.mesh, step)
+        is_last = step == self.data.num_steps
+        if self.data.evaluation and (is_last or (config.eval_every and step % config.eval_every == 0)):
+            self._evaluate()
+        if config.save_every and (is_last or step % config.save_every == 0):
+            self._save()
+
+    def _evaluate(self) -> None:
+        found = evaluate(self.config, self.data.evaluation, self.model.stage)
+        self.report.evaluation(self.step, found)
+        if self.best_loss is None or found.loss < self.best_loss:
+            self.best_loss, self.best_step = found.loss, self.step
+            self._export(BEST_ADAPTER)
+
+    def _save(self) -> None:
+        """A checkpoint that cannot be written is told; the earlier ones stay, and the next one is tried in its turn."""
+        folder = self.config.output / CHECKPOINTS
+        state = RunState(self.step, as_plain(self.config), self.model.experts, self.best_loss, self.best_step)
+        try:
+            save_checkpoint(folder, state, self.model.parameters, self.optimizer, self.mesh)
+        except CheckpointProblem as problem:
+            if self.mesh.world.rank == 0:
+                kept = ", ".join(path.name for path in checkpoints(folder)) or "none"
+                logger.error("%s; training goes on; whole checkpoints: %s", problem, kept)
+            return
+        if self.mesh.world.rank == 0:
+            remove_old(folder, self.config.keep_checkpoints, self.best_step)
+
+    def _finish(self) -> Path | None:
+        check_replicas(self.model.parameters, self.mesh, self.step)
+        path = self._export(ADAPTER)
+        self.report.finish()
+        return path
+
+    def _export(self, name: str) -> Path | None:
+        problem = write_result(self.config, self.base, self.model, self.mesh, self.report.metrics(), name)
+        told = next((other for other in gather_objects(problem, self.mesh.world) if other), None)
+        if told and name == ADAPTER:
+            raise CheckpointProblem(str(told))
+        if told and self.mesh.world.rank == 0:
+            logger.error("%s; training goes on", told)
+        return self.config.output / name if self.mesh.world.rank == 0 else None
+
+    def _log_start(self) -> None:
+        total = sum_numbers([_share_counted_once(self.model, self.mesh)], self.mesh.world, self.device)[0]
+        if self.mesh.world.rank == 0:
+            logger.info("training %s factors' parameters; frozen: the base with its router, bias, norms and "
+                        "embeddings", f"{round(total):,}")  # fmt: skip
+            if self.step:
+                logger.info("resumed after step %d of %d", self.step, self.data.num_steps)
+
+
+def read_run_data(config: TrainConfig, *, log: bool = False) -> RunData:
+    """Documents, rows and the number of steps; raises DataError or CheckpointError."""
+    tokenizer = Tokenizer.from_dir(config.model)
+    documents, report = read_documents(config.data.train, config.data, tokenizer)
+    evaluation: list[Document] = []
+    if config.data.eval:
+        evaluation, eval_report = read_documents(config.data.eval, config.data, tokenizer)
+        if log:
+            logger.info("evaluation data: %s", eval_report.describe())
+    elif config.data.eval_fraction:
+        documents, evaluation = split_documents(documents, config.data.eval_fraction)
+    if log:
+        logger.info("training data: %s", report.describe())
+    rows = RowStream(documents, config.data, config.seed)
+    num_steps = config.steps
+    if num_steps is None:
+        num_steps = max(1, rows.num_rows(config.epochs or 1) // config.batch_rows)
+    return RunData(rows, documents, evaluation, num_steps)
+
+
+def _share_counted_once(model: TrainedModel, mesh: Mesh) -> float:
+    return sum(num_elements([parameter]) / parameter.replicas(mesh).size for parameter in model.parameters)
+

@@ -1,0 +1,129 @@
+"""A run as planned, for `graft train --dry-run` and for counting its work: every trainable tensor, memory, FLOPs."""
+
+from __future__ import annotations
+
+import math
+
+from runtime.models.deepseek.config import DeepseekConfig
+from runtime.trainer.config import TrainConfig
+from runtime.trainer.load import disk_shapes
+from runtime.trainer.lora import LoraSpec
+from runtime.trainer.report.activations import activation_bytes, logit_bytes
+from runtime.trainer.report.dry_run import COMPUTE_BYTES, RunPlan, StageInfo, TensorInfo
+from runtime.trainer.report.flops import LoraSize, base_parameters, expert_share, step_flops
+from runtime.trainer.selection import ExpertsOfLayers
+from runtime.trainer.stage import split_layers
+from runtime.trainer.step_data import row_width
+from runtime.trainer.targets import is_routed, resolve_targets
+
+_ROW_SPLIT = ("o_proj", "down_proj")
+_REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa")
+
+
+def tensor_infos(base: DeepseekConfig, config: TrainConfig, experts: ExpertsOfLayers | None) -> list[TensorInfo]:
+    """Every trainable tensor at its full size; `experts` None: all experts of a layer."""
+    stages = split_layers(base.num_hidden_layers, config.parallel.pp, config.parallel.layers)
+    found: list[TensorInfo] = []
+    for module, spec in resolve_targets(base, config.lora, config.seed).items():
+        layer = int(module.split(".")[2]) if module.startswith("model.layers.") else None
+        stage = config.parallel.pp - 1 if layer is None else next(n for n, own in enumerate(stages) if layer in own)
+        if is_routed(module) and layer is not None:
+            num_experts = base.n_routed_experts if experts is None else len(experts.get(layer, ()))
+            found += _expert_infos(base, config, layer, stage, spec, num_experts)
+        else:
+            found += _linear_infos(base, config, module, layer, stage, spec)
+    return found
+
+
+def plan_run(base: DeepseekConfig, config: TrainConfig, tokens_per_row: float, targets_per_row: float) -> RunPlan:
+    """The run before anything is loaded; rows are taken to hold one document of `tokens_per_row` each."""
+    parallel = config.parallel
+    tensors = tensor_infos(base, config, None)
+    layers = split_layers(base.num_hidden_layers, parallel.pp, parallel.layers)
+    lengths = [max(1, round(tokens_per_row))] * config.batch_rows
+    num_targets = round(targets_per_row * config.batch_rows)
+    return RunPlan(
+        tensors,
+        [_stage_info(base, config, stage, own, targets_per_row) for stage, own in enumerate(layers)],
+        base_parameters(base),
+        config.dtype,
+        config.activation_checkpointing,
+        parallel.num_processes,
+        sum(lengths),
+        step_flops(base, lengths, num_targets, LoraSize.of(tensors)),
+    )
+
+
+def _linear_infos(
+    base: DeepseekConfig, config: TrainConfig, module: str, layer: int | None, stage: int, spec: LoraSpec
+) -> list[TensorInfo]:
+    out_features, in_features = base.linear_shapes()[module]
+    leaf = module.rpartition(".")[2]
+    kind = ".".join(module.split(".")[3:]) if layer is not None else module
+    tp = config.parallel.tp
+    shards_a = tp if leaf in _ROW_SPLIT else 1
+    shards_b = 1 if leaf in (*_ROW_SPLIT, *_REPLICATED) else tp
+    return [
+        TensorInfo(f"{kind} A", layer, (spec.rank, in_features), spec.rank, stage, shards_a),
+        TensorInfo(f"{kind} B", layer, (out_features, spec.rank), spec.rank, stage, shards_b),
+    ]
+
+
+def _expert_infos(
+    base: DeepseekConfig, config: TrainConfig, layer: int, stage: int, spec: LoraSpec, num_experts: int
+) -> list[TensorInfo]:
+    hidden, width, rank = base.hidden_size, base.moe_intermediate_size, spec.rank
+    shapes = (("gate_up_proj A", rank, hidden), ("gate_up_proj B", 2 * width, rank),
+              ("down_proj A", rank, width), ("down_proj B", hidden, rank))  # fmt: skip
+    ep, share = config.parallel.expert_size, expert_share(base)
+    return [
+        TensorInfo(f"mlp.experts.{kind}", layer, (num_experts, *shape), rank, stage, ep, share)
+        for kind, *shape in shapes
+    ]
+
+
+def _stage_info(
+    base: DeepseekConfig, config: TrainConfig, stage: int, layers: range, targets_per_row: float
+) -> StageInfo:
+    parallel = config.parallel
+    is_last = stage == parallel.pp - 1
+    num_tokens = config.micro_batch_rows * row_width(config)
+    in_flight = min(config.num_micro_batches, parallel.pp - stage)
+    logits = 0
+    if is_last:
+        logits = logit_bytes(base, round(config.micro_batch_rows * targets_per_row), parallel.tp)
+    both = [
+        activation_bytes(
+            base,
+            layers,
+            num_tokens,
+            element_bytes=COMPUTE_BYTES[config.dtype],
+            checkpointing=checkpointing,
+            num_in_flight=in_flight,
+            tensor_shards=parallel.tp,
+            expert_shards=parallel.tp,
+        )
+        + logits
+        for checkpointing in (False, True)
+    ]
+    return StageInfo(tuple(layers), _base_parameters_of(base, config, stage, layers), *both)
+
+
+def _base_parameters_of(base: DeepseekConfig, config: TrainConfig, stage: int, layers: range) -> int:
+    """Frozen parameters on one process of a stage."""
+    parallel = config.parallel
+    prefixes = tuple(f"model.layers.{layer}." for layer in layers)
+    total = 0
+    for name, shape in disk_shapes(base).items():
+        is_outer = not name.startswith("model.layers.")
+        at_start, at_end = name.startswith("model.embed"), name.startswith(("model.norm", "lm_head"))
+        here = (at_start and stage == 0) or (at_end and stage == parallel.pp - 1) if is_outer else False
+        if not (here or name.startswith(prefixes)):
+            continue
+        size = math.prod(shape)
+        if ".mlp.experts." in name:
+            size //= parallel.expert_size
+        elif (name.endswith("_proj.weight") and not any(leaf in name for leaf in _REPLICATED)) or is_outer:
+            size //= parallel.tp
+        total += size
+    return total

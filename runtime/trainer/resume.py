@@ -1,0 +1,57 @@
+"""Which checkpoint a run goes on from, and whether it is the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from runtime.trainer.checkpoint import CheckpointProblem, RunState, checkpoints
+from runtime.trainer.config import TrainConfig
+from runtime.trainer.config_file import as_plain
+from runtime.trainer.results import CHECKPOINTS
+
+LATEST = "latest"
+# What does not change the result of a run; everything else must be as it was.
+FREE = frozenset(
+    ("output", "model", "parallel", "micro_batch_rows", "device", "activation_checkpointing", "log_every",
+     "eval_every", "save_every", "keep_checkpoints", "check_replicas_every", "export_format", "measure_mfu")
+)  # fmt: skip
+
+
+def find_checkpoint(output: Path, resume: str | None) -> Path | None:
+    """The folder to resume from, None for a fresh start; raises CheckpointProblem where that would lose a run."""
+    existing = checkpoints(output / CHECKPOINTS)
+    if resume is None:
+        if existing:
+            raise CheckpointProblem(
+                f"{output} holds checkpoints of an earlier run (up to {existing[-1].name}): go on with --resume, "
+                "or choose another output"
+            )
+        return None
+    if resume == LATEST:
+        if not existing:
+            raise CheckpointProblem(f"{output / CHECKPOINTS} holds no whole checkpoint to resume from")
+        return existing[-1]
+    path = Path(resume)
+    return path if path.is_dir() else output / CHECKPOINTS / resume
+
+
+def check_same_run(config: TrainConfig, resumed: RunState) -> None:
+    """Raises CheckpointProblem naming the settings that must not change when a run goes on."""
+    now, before = as_plain(config), dict(resumed.settings)
+    changed = [
+        f"{name} was {old!r}, is {new!r}"
+        for name in sorted(now.keys() - FREE)
+        for name, old, new in _differences(name, before.get(name), now[name])
+    ]
+    if changed:
+        raise CheckpointProblem(
+            "the run cannot go on with other settings: " + "; ".join(changed) + "; set them back, or start a new run"
+        )
+
+
+def _differences(name: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [found for key in keys for found in _differences(f"{name}.{key}", old.get(key), new.get(key))]
+    return [] if old == new else [(name, old, new)]

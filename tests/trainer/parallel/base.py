@@ -1,0 +1,42 @@
+"""The base of the parallel tests: a random V3 in which one expert of each layer is never chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from tests.oracle.base_models import Oracle, build_oracle
+from tests.oracle.shapes import V3
+
+IDLE_EXPERT = 5
+
+
+def build_base(path: Path) -> Oracle:
+    """On disk; the transformers model that comes with it does not know of the idle expert."""
+    oracle = build_oracle(V3, path)
+    for shard in path.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name, tensor in tensors.items():
+            if name.endswith("e_score_correction_bias"):
+                tensor[IDLE_EXPERT] = -100.0
+        save_file(tensors, shard, metadata={"format": "pt"})
+    return oracle
+
+
+def plain_config(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """Everything adapted, accumulation and clipping on."""
+    config: dict[str, Any] = {
+        "model": str(base),
+        "output": str(output),
+        "data": {"train": [str(base / "config.json")], "max_length": 48},
+        "lora": {"targets": ["all-linear"], "rank": 4, "alpha": 8.0},
+        "optimizer": {"lr": 2e-3, "clip_norm": 1.0, "eps": 1e-7, "weight_decay": 0.01, "warmup_steps": 2},
+        "steps": 5,
+        "batch_rows": 8,
+        "dtype": "float32",
+        "check_replicas_every": 2,
+        "measure_mfu": False,
+    }
+    return config | changes

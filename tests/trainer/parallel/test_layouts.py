@@ -1,0 +1,91 @@
+"""Every layout gives what one process gives: losses, evaluation, the exported adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import RecordNumber
+from tests.trainer.parallel.base import build_base, plain_config
+from tests.trainer.parallel.launch import logs, run_job
+from tests.trainer.parallel.worker import Run
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2": {"tp": 2},
+    "PP2": {"pp": 2},
+    "EP2": {"dp": 2, "ep": 2},
+    "DP2": {"dp": 2},
+    "TP2xPP2": {"tp": 2, "pp": 2},
+    "TP2xDP2": {"tp": 2, "dp": 2},
+    "TP2xDP2, EP4": {"tp": 2, "dp": 2, "ep": 4},
+    "PP2xEP2": {"pp": 2, "dp": 2, "ep": 2, "layers": [1, 2]},
+}
+# Everything that could depend on the layout and must not.
+OPTIONS: dict[str, Any] = {
+    "lora": {
+        "targets": ["all-linear"],
+        "rank": 4,
+        "rslora": True,
+        "dropout": 0.2,
+        "init": "xavier",
+        "patterns": {"o_proj": {"rank": 3, "alpha": 9.0}, "shared_experts": {"rank": 8}},
+    },
+    "routing": {"aux_loss": 0.5, "capacity_factor": 1.0, "overflow": "reroute"},
+    "selection": {"by": "token_share", "threshold": 0.6, "sample_rows": 8},
+    "optimizer": {"lr": 2e-3, "clip_norm": 1.0, "eps": 1e-7, "lora_plus_ratio": 4.0, "schedule": "linear"},
+    "activation_checkpointing": True,
+}
+WITH_OPTIONS = ("TP2", "EP2", "TP2xPP2", "TP2xDP2, EP4", "PP2xEP2")
+
+
+def _num_processes(layout: dict[str, Any]) -> int:
+    return layout.get("tp", 1) * layout.get("pp", 1) * layout.get("dp", 1)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """One process first, then each layout, two or four processes at a time."""
+    folder = tmp_path_factory.mktemp("layouts")
+    build_base(folder / "base")
+    wanted = [("one", {}, {}), ("one, options", {}, OPTIONS)]
+    wanted += [(name, layout, {}) for name, layout in LAYOUTS.items()]
+    wanted += [(f"{name}, options", LAYOUTS[name], OPTIONS) for name in WITH_OPTIONS]
+    jobs: dict[int, list[Run]] = {}
+    for name, layout, options in wanted:
+        config = plain_config(folder / "base", folder / name, parallel=layout, **options)
+        jobs.setdefault(_num_processes(layout), []).append(Run(config, str(folder / f"{name}.pt")))
+    for num_processes, runs in jobs.items():
+        statuses = run_job(runs, num_processes, folder / f"jobs-{num_processes}")
+        assert statuses == [0] * num_processes, logs(folder / f"jobs-{num_processes}") + "".join(
+            path.read_text() for path in folder.glob("*.error.*")
+        )
+    return {name: torch.load(folder / f"{name}.pt") for name, _, _ in wanted}
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *(f"{name}, options" for name in WITH_OPTIONS)])
+def test_a_layout_trains_what_one_process_trains(
+    results: dict[str, dict[str, Any]], name: str, record_number: RecordNumber
+) -> None:
+    one = results["one, options" if name.endswith("options") else "one"]
+    seen = results[name]
+    assert len(seen["losses"]) == 5
+    pairs = zip(seen["losses"], one["losses"], strict=True)
+    record_number(f"{name}: loss, relative", max(abs(a / b - 1) for a, b in pairs), at_most=1e-5)
+    assert seen["adapter"].keys() == one["adapter"].keys()
+    worst = max(float((seen["adapter"][key] - one["adapter"][key]).abs().max()) for key in one["adapter"])
+    record_number(f"{name}: exported adapter, absolute", worst, at_most=1e-5)
+    assert seen["scores"]["loss"] == pytest.approx(one["scores"]["loss"], rel=1e-5)
+    assert seen["scores"]["exact_match"] == one["scores"]["exact_match"]
+    assert seen["scores"]["documents"] == one["scores"]["documents"] == 40
+
+
+def test_the_runs_were_not_trivial(results: dict[str, dict[str, Any]]) -> None:
+    """Losses move, an expert saw no token, and selection left some experts out."""
+    losses = results["one"]["losses"]
+    assert len(set(losses)) == 5
+    tensors = results["one"]["adapter"]
+    assert any(key.startswith("1.5.") for key in tensors)
+    with_options = results["one, options"]["adapter"]
+    assert len(with_options) < len(tensors)
