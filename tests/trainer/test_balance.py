@@ -262,3 +262,19 @@ def test_limits_hold_in_training_alone(oracle: Callable[[Shape], Oracle]) -> Non
         trained, evaluated = tight.hidden(None, batch), tight.eval().hidden(None, batch)
         assert torch.equal(evaluated, free.hidden(None, batch))
     assert not torch.allclose(trained, evaluated)
+
+
+def test_statistics_count_what_is_trained_once_whatever_was_evaluated_before(oracle: Callable[[Shape], Oracle]) -> None:
+    """A micro-batch that is computed twice for its gradients counts once, and evaluation counts nothing."""
+    batch = make_batch(make_rows(LENGTHS))
+    routing = RoutingConfig(aux_loss=0.1, capacity_factor=0.5)
+    stage = make_stage(oracle(V3), routing=routing, activation_checkpointing=True)
+    with torch.no_grad():
+        stage.eval().hidden(None, batch)
+    gradients(stage.train(), [batch])
+    for moe in stage.moe_layers().values():
+        assert moe.statistics.num_choices == 64 * 4
+        assert 0 < moe.statistics.num_dropped < 64 * 4
+        assert 1 < moe.statistics.balance_loss < 4
+        moe.reset_statistics()
+        assert moe.statistics.num_choices == 0
