@@ -213,11 +213,11 @@ OUT_OF_RANGE = [
     ("selection.threshold", 0.0), ("selection.threshold", 1.1), ("selection.sample_rows", 0),
     ("routing.aux_loss", -1.0), ("routing.aux_loss", ".inf"), ("routing.capacity_factor", 0.0),
     ("routing.capacity_factor", ".nan"), ("routing.overflow", "wait"), ("parallel.tp", 0), ("parallel.pp", 0),
-    ("parallel.dp", -1), ("parallel.ep", 2), ("parallel.ep", 0), ("parallel.layers", [1, 2]), ("parallel.layers", [0]), ("parallel.layers", []),
-    ("optimizer.lr", 0.0), ("optimizer.lr", ".nan"), ("optimizer.lr", ".inf"), ("optimizer.eps", 0.0),
-    ("optimizer.lora_plus_ratio", 0.0), ("optimizer.min_lr_ratio", 1.5), ("optimizer.schedule", "step"),
-    ("optimizer.warmup_steps", -1), ("optimizer.weight_decay", -0.1), ("optimizer.beta1", 1.0),
-    ("optimizer.beta2", -0.1), ("optimizer.clip_norm", 0.0),
+    ("parallel.dp", -1), ("parallel.ep", 2), ("parallel.ep", 0), ("parallel.layers", [1, 2]), ("parallel.layers", [0]),
+    ("parallel.layers", []), ("optimizer.lr", 0.0), ("optimizer.lr", ".nan"), ("optimizer.lr", ".inf"),
+    ("optimizer.eps", 0.0), ("optimizer.lora_plus_ratio", 0.0), ("optimizer.min_lr_ratio", 1.5),
+    ("optimizer.schedule", "step"), ("optimizer.warmup_steps", -1), ("optimizer.weight_decay", -0.1),
+    ("optimizer.beta1", 1.0), ("optimizer.beta2", -0.1), ("optimizer.clip_norm", 0.0),
 ]  # fmt: skip
 
 
