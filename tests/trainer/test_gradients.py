@@ -61,7 +61,7 @@ def merged_gradients(
             weights[module] = fused.index_add(0, torch.tensor(parameter.experts), delta.to(fused.dtype))
     loss = documents_loss(lambda ids: functional_call(model, weights, (), {"input_ids": ids}), rows)
     loss.backward()
-    return float(loss), {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
+    return loss.item(), {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
 
 
 def peft_gradients(base: Oracle, stage: TrainingStage, rows: Sequence[Row]) -> tuple[float, dict[str, Tensor]]:
@@ -80,7 +80,7 @@ def peft_gradients(base: Oracle, stage: TrainingStage, rows: Sequence[Row]) -> t
             x.copy_(_as_in_peft(ours[name]))
     loss = documents_loss(lambda ids: model(input_ids=ids), rows)
     loss.backward()
-    return float(loss), {name: _as_here(x.grad, ours[name]) for name, x in seen.items() if x.grad is not None}
+    return loss.item(), {name: _as_here(x.grad, ours[name]) for name, x in seen.items() if x.grad is not None}
 
 
 def _name_of_peft(name: str) -> str:
