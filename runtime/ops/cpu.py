@@ -148,12 +148,13 @@ class CpuOps(Ops):
 
 
 def _panel_bag_matmul(x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:
-    num_panels = weight_GJKW.shape[1]
+    num_panels, _, width = weight_GJKW.shape[1:]
     groups_M = torch.repeat_interleave(counts_G, output_size=x_MK.shape[0])
     panels_MJ = groups_M[:, None] * num_panels + torch.arange(num_panels)
     panels_GKW = weight_GJKW.flatten(0, 1)
     x_of_panels = x_MK.repeat_interleave(num_panels, 0)
-    return _bag_matmul(x_of_panels, panels_GKW, _bag_index(panels_MJ.flatten(), panels_GKW)).view(len(x_MK), -1)
+    y_MW = _bag_matmul(x_of_panels, panels_GKW, _bag_index(panels_MJ.flatten(), panels_GKW))
+    return y_MW.view(len(x_MK), num_panels * width)
 
 
 def _loop_matmul(x_MK: Tensor, weight_GJKW: Tensor, counts: list[int]) -> Tensor:

@@ -58,8 +58,9 @@ def limit_load(
     """
     num_experts, num_choices = scores_TE.shape[1], experts_TK.shape[1]
     row_T = torch.arange(len(scores_TE), device=scores_TE.device) // batch.width
-    used_B = torch.tensor([sum(row) for row in batch.lengths], device=scores_TE.device)
-    capacity_T = torch.ceil(used_B * (factor * num_choices / num_experts)).long()[row_T]
+    # Rounded first, so that a product which is whole but for the last bits of a float is not rounded up.
+    capacities = [math.ceil(round(factor * sum(row) * num_choices / num_experts, 9)) for row in batch.lengths]
+    capacity_T = torch.tensor(capacities, device=scores_TE.device)[row_T]
     scores = scores_TE.detach()
     is_real_T1 = batch.is_real_T[:, None]
     keep_TK = _within_capacity(scores, experts_TK, row_T, capacity_T, is_real_T1.int()) & is_real_T1

@@ -15,6 +15,8 @@ import yaml
 from runtime.trainer.config import TrainConfig
 
 MAX_CONFIG_BYTES = 1 << 20
+# PyYAML raises ValueError for what looks like a date and is none, RecursionError for deep nesting.
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
 class ConfigError(ValueError):
@@ -28,9 +30,12 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     try:
         with path.open("rb") as file:
-            raw = yaml.safe_load(file.read(MAX_CONFIG_BYTES).decode("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        raw = yaml.safe_load(content.decode("utf-8")) if len(content) <= MAX_CONFIG_BYTES else None
+    except (OSError, *_NOT_YAML) as cause:
         raise ConfigError(f"{path}: cannot be read as YAML ({' '.join(str(cause).split())[:200]})") from None
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: is larger than the {MAX_CONFIG_BYTES:,} bytes that a configuration may have")
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values at the top, found {type(raw).__name__}")
     for override in overrides:
@@ -79,7 +84,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as cause:
+    except _NOT_YAML as cause:
         raise ConfigError(f"--set {override!r}: {' '.join(str(cause).split())[:200]}") from None
 
 

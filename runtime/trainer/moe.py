@@ -95,7 +95,8 @@ class TrainingMoe(nn.Module):
         self.statistics = RoutingStatistics()
 
     def _count(self, balance: Tensor | None, keep_TK: Tensor | None, batch: MicroBatch) -> None:
-        if id(batch) in self.statistics.counted:
+        # Not in evaluation, whose batches are gone when the next ones may get their ids.
+        if (balance is None and keep_TK is None) or id(batch) in self.statistics.counted:
             return
         self.statistics.counted.add(id(batch))
         if balance is not None:

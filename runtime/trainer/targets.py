@@ -28,6 +28,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "linear_fc2": tuple(part.format("down_proj") for part in _MLP),
     "output_layer": ("lm_head",),
 }
+# By the last part of a name.
 _NEVER = {
     "gate": "the router is frozen",
     "router": "the router is frozen",
@@ -87,10 +88,17 @@ def _spec(module: str, settings: ModuleLora, lora: LoraSettings, seed: int) -> L
 
 
 def _settings_of(module: str, lora: LoraSettings) -> ModuleLora:
-    """The first pattern that matches decides, as in PEFT."""
+    """The first pattern that matches decides, as in PEFT; for routed experts it must match all their projections."""
+    names = [f"{module}.{leaf}" for leaf in EXPERT_PROJECTIONS] if is_routed(module) else [module]
     for pattern, settings in lora.patterns.items():
-        if any(_matches(part, module) for part in ALIASES.get(pattern, (pattern,))):
+        found = _matching(pattern, names)
+        if len(found) == len(names):
             return settings
+        if found:
+            raise ConfigError(
+                f"lora.patterns: {pattern!r} fits a part of {module}, but the projections of routed experts have one "
+                "rank: name experts, or mlp.shared_experts.down_proj and the like to leave the routed experts alone"
+            )
     return ModuleLora(lora.rank, lora.alpha)
 
 
@@ -131,7 +139,8 @@ def _whole_experts(chosen: set[str], modules: list[str]) -> list[str]:
 
 
 def _unknown(target: str, modules: list[str]) -> str:
-    if target in _NEVER:
-        return f"{target!r} cannot be trained: {_NEVER[target]}"
+    leaf = target.rpartition(".")[2]
+    if leaf in _NEVER:
+        return f"{target!r} cannot be trained: {_NEVER[leaf]}"
     leaves = sorted({module.rpartition(".")[2] for module in modules} | {"experts", "shared_experts", ALL_LINEAR})
     return f"{target!r} fits no module of this base; known are {', '.join(leaves)}, and {', '.join(ALIASES)}"
