@@ -99,9 +99,8 @@ def test_swiglu_backward_is_autograd_of_swiglu(ops: Ops, dtype: torch.dtype) -> 
     gate, up = leaf.chunk(2, -1)
     expected = torch.nn.functional.silu(gate) * up
     expected.backward(grad.float())
-    value, grad_x = ops.swiglu_backward(x, grad)
-    assert value.dtype is grad_x.dtype is dtype
-    _close(value, expected.detach(), dtype)
+    grad_x = ops.swiglu_backward(x, grad)
+    assert grad_x.dtype is dtype
     assert leaf.grad is not None
     _close(grad_x, leaf.grad, dtype)
 

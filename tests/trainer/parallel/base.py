@@ -32,7 +32,7 @@ def plain_config(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "output": str(output),
         "data": {"train": [str(base / "config.json")], "max_length": 48},
         "lora": {"targets": ["all-linear"], "rank": 4, "alpha": 8.0},
-        "optimizer": {"lr": 2e-3, "clip_norm": 1.0, "eps": 1e-7, "weight_decay": 0.01, "warmup_steps": 2},
+        "optimizer": {"lr": 2e-3, "clip_norm": 1.0, "eps": 1e-6, "weight_decay": 0.01, "warmup_steps": 2},
         "steps": 5,
         "batch_rows": 8,
         "dtype": "float32",
