@@ -17,7 +17,12 @@ from runtime.ops import reference
 
 
 class Ops(ABC):
-    """Operations of one device. What a back-end does not override runs as the reference does."""
+    """Operations of one device. What a back-end does not override runs as the reference does.
+
+    `lora_rank_multiple`: ranks of grouped products must be multiples of it; whoever calls them pads with zeros.
+    """
+
+    lora_rank_multiple = 1
 
     def panel_columns(self, num_columns: int, num_parts: int = 1) -> int:
         """Columns W of one panel of a grouped weight: all of them, unless a device gains by less.

@@ -106,8 +106,16 @@ class CpuOps(Ops):
             sum_TN.addcmul_(y_MN.index_select(0, places_T).float(), weights_T[:, None])
         return sum_TN.to(y_MN.dtype)
 
+    def swiglu(self, x_T2N: Tensor) -> Tensor:
+        """See `Ops.swiglu`: some rows at a time, so that what passes from step to step stays in the cache."""
+        value_TN = x_T2N.new_empty(x_T2N.shape[0], x_T2N.shape[1] // 2)
+        for x, out in zip(x_T2N.split(ROWS_IN_CACHE), value_TN.split(ROWS_IN_CACHE), strict=True):
+            gate, up = x.chunk(2, dim=-1)
+            torch.mul(torch.nn.functional.silu(gate), up, out=out)
+        return value_TN
+
     def swiglu_backward(self, x_T2N: Tensor, grad_TN: Tensor) -> Tensor:
-        """See `Ops.swiglu_backward`: some rows at a time, so that what passes from step to step stays in the cache."""
+        """See `Ops.swiglu_backward`: some rows at a time, as `swiglu`."""
         grad_T2N = torch.empty_like(x_T2N)
         for x, grad, out in zip(*(t.split(ROWS_IN_CACHE) for t in (x_T2N, grad_TN, grad_T2N)), strict=True):
             gate, up = x.chunk(2, dim=-1)

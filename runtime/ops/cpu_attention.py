@@ -1,4 +1,4 @@
-"""Causal attention on the CPU with gradients, block of queries by block: products by matmul, scores never kept.
+"""Causal attention on the CPU with gradients, block of queries by block, with products by matmul.
 
 PyTorch's flash kernel for the CPU reaches a fifth of matmul's speed at the widths of latent attention.
 Shape suffixes: N documents x heads, L tokens, Q queries of a block, K keys up to its end, X and V widths.
@@ -15,6 +15,8 @@ from torch import Tensor
 # Numbers of one block's scores at most, and its queries: 16 x 128 x 512 is the fastest of the sizes that were tried.
 MAX_SCORES = 2**23
 MAX_QUERIES, MIN_QUERIES = 128, 16
+# Up to so many numbers the probabilities are kept for backward; past it they are computed again.
+MAX_KEPT = 2**24
 
 
 def causal_attention(query_NLX: Tensor, key_NLX: Tensor, value_NLV: Tensor, scale: float) -> Tensor:
@@ -25,26 +27,29 @@ def causal_attention(query_NLX: Tensor, key_NLX: Tensor, value_NLV: Tensor, scal
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Backward computes the probabilities again, which costs less than keeping them."""
-
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         key, value = key.contiguous(), value.contiguous()
         out_NLV = torch.empty(*query.shape[:2], value.shape[2], dtype=value.dtype)
+        keeps = query.shape[0] * query.shape[1] ** 2 <= MAX_KEPT and any(ctx.needs_input_grad)
+        kept = []
         for block in _blocks(query):
-            out_NLV[:, block] = torch.bmm(_probabilities(query, key, block), value[:, : block.stop])
-        ctx.save_for_backward(query, key, value)
+            probs_NQK = _probabilities(query, key, block)
+            out_NLV[:, block] = torch.bmm(probs_NQK, value[:, : block.stop])
+            if keeps:
+                kept.append(probs_NQK)
+        ctx.save_for_backward(query, key, value, *kept)
         return out_NLV
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         grad_out_NLV = grads[0].contiguous()
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
-        for block in _blocks(query):
+        for index, block in enumerate(_blocks(query)):
             seen = slice(0, block.stop)
-            probs_NQK = _probabilities(query, key, block)
+            probs_NQK = kept[index] if kept else _probabilities(query, key, block)
             grad_value[:, seen] += torch.bmm(probs_NQK.transpose(1, 2), grad_out_NLV[:, block])
             grad_probs_NQK = torch.bmm(grad_out_NLV[:, block], value[:, seen].transpose(1, 2))
             grad_NQK = torch.ops.aten._softmax_backward_data(grad_probs_NQK, probs_NQK, -1, probs_NQK.dtype)

@@ -45,7 +45,10 @@ class ModuleLora:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Which modules are adapted and how. `patterns`: module names to their own rank and alpha."""
+    """Which modules are adapted and how. `patterns`: module names to their own rank and alpha.
+
+    `dropout_seed` unset: the run's seed.
+    """
 
     targets: tuple[str, ...] = ("experts",)
     rank: int = 16
@@ -53,6 +56,7 @@ class LoraSettings:
     patterns: Mapping[str, ModuleLora] = field(default_factory=dict)
     rslora: bool = False
     dropout: float = 0.0
+    dropout_seed: int | None = None
     init: str = "kaiming"
 
 

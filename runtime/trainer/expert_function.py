@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from runtime.ops.base import Ops
 from runtime.trainer.dropout import Dropout
@@ -104,8 +105,11 @@ class _Adapted:
     def __init__(
         self, a: Tensor, b: Tensor, scale: float, dropout: Dropout | None, rows: ExpertRows, like: _Like
     ) -> None:
-        self.a_GRK = a.detach().to(like.dtype)
-        self.b_GNR = (b.detach() if scale == 1 else b.detach() * scale).to(like.dtype)
+        self.rank, multiple = a.shape[1], like.ops.lora_rank_multiple
+        missing = -self.rank % multiple
+        scaled_b = b.detach() if scale == 1 else b.detach() * scale
+        self.a_GRK = pad(a.detach().to(like.dtype), (0, 0, 0, missing)) if missing else a.detach().to(like.dtype)
+        self.b_GNR = pad(scaled_b.to(like.dtype), (0, missing)) if missing else scaled_b.to(like.dtype)
         self.scale, self.dropout, self.rows, self.ops = scale, dropout, rows, like.ops
 
     def shrink(self, x_MK: Tensor) -> Tensor:
@@ -124,14 +128,16 @@ class _Adapted:
         if self.scale != 1:
             grad_b_GNR.mul_(self.scale)
         grad_a_GRK = self.ops.grouped_outer(grad_h_LR, self._input(x_MK), self.rows.counts_G)
-        if grad_x_MK is None:
-            return grad_a_GRK, grad_b_GNR
+        if grad_x_MK is not None:
+            self._add_input_gradient_(grad_x_MK, grad_h_LR)
+        return grad_a_GRK[:, : self.rank], grad_b_GNR[..., : self.rank]
+
+    def _add_input_gradient_(self, grad_x_MK: Tensor, grad_h_LR: Tensor) -> None:
         if self.dropout is None:
             self._add_(grad_x_MK, grad_h_LR, self.a_GRK[:, None])
         else:
             back_LK = self.ops.grouped_matmul(grad_h_LR, self.a_GRK[:, None], self.rows.counts_G)
             self._add_rows_(grad_x_MK, back_LK * self._mask(back_LK))
-        return grad_a_GRK, grad_b_GNR
 
     def _input(self, x_MK: Tensor) -> Tensor:
         x_LK = self._chosen(x_MK)

@@ -84,7 +84,8 @@ def module_of(factor: str) -> str:
 def _spec(module: str, settings: ModuleLora, lora: LoraSettings, seed: int) -> LoraSpec:
     alpha = settings.rank if settings.alpha is None else settings.alpha
     scale = alpha / (math.sqrt(settings.rank) if lora.rslora else settings.rank)
-    return LoraSpec(settings.rank, scale, make_dropout(lora.dropout, seed, module))
+    dropout_seed = seed if lora.dropout_seed is None else lora.dropout_seed
+    return LoraSpec(settings.rank, scale, make_dropout(lora.dropout, dropout_seed, module))
 
 
 def _settings_of(module: str, lora: LoraSettings) -> ModuleLora:

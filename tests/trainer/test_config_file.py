@@ -64,7 +64,7 @@ def test_the_fewest_keys_give_the_documented_defaults(write: Write, tmp_path: Pa
 
 def test_every_key_arrives_in_its_type(write: Write, tmp_path: Path) -> None:
     text = """
-lora: {targets: [experts, o_proj], rank: 8, alpha: 16, rslora: true, dropout: 5e-2, init: xavier,
+lora: {targets: [experts, o_proj], rank: 8, alpha: 16, rslora: true, dropout: 5e-2, dropout_seed: 3, init: xavier,
        patterns: {o_proj: {rank: 4, alpha: 2}, experts: {rank: 0}}}
 selection: {by: token_share, threshold: 1, sample_rows: 9}
 routing: {aux_loss: 1e-3, capacity_factor: 1.25, overflow: reroute}
@@ -78,7 +78,7 @@ activation_checkpointing: true
 """
     config = read_config(write(text, steps=None, epochs=2))
     patterns = {"o_proj": ModuleLora(4, 2.0), "experts": ModuleLora(0)}
-    assert config.lora == LoraSettings(("experts", "o_proj"), 8, 16.0, patterns, True, 0.05, "xavier")
+    assert config.lora == LoraSettings(("experts", "o_proj"), 8, 16.0, patterns, True, 0.05, 3, "xavier")
     assert config.selection == SelectionConfig("token_share", 1.0, 9)
     assert config.routing == RoutingConfig(1e-3, 1.25, "reroute")
     assert config.parallel == ParallelConfig(2, 2, 2, 4, (1, 2))

@@ -13,6 +13,8 @@ from runtime.ops.base import Ops
 class CudaOps(Ops):
     """Everything in one grouped product per call; group lists stay on the device."""
 
+    lora_rank_multiple = 8  # strides must be multiples of 16 bytes
+
     def grouped_matmul(self, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:
         """See `Ops.grouped_matmul`."""
         return _grouped_mm(x_MK, weight_GJKW.squeeze(1), counts_G)

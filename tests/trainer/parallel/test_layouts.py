@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
     },
     "routing": {"aux_loss": 0.5, "capacity_factor": 1.0, "overflow": "reroute"},
     "selection": {"by": "token_share", "threshold": 0.6, "sample_rows": 8},
-    "optimizer": {"lr": 2e-3, "clip_norm": 1.0, "eps": 1e-6, "lora_plus_ratio": 4.0, "schedule": "linear"},
+    "optimizer": {"lr": 1e-3, "clip_norm": 1.0, "eps": 1e-6, "lora_plus_ratio": 4.0, "schedule": "linear"},
     "activation_checkpointing": True,
 }
 WITH_OPTIONS = ("TP2", "EP2", "TP2xPP2", "TP2xDP2, EP4", "PP2xEP2")
