@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -59,7 +60,9 @@ def attach_adapter(base: DeepseekV3ForCausalLM, folder: Path, model_dir: Path) -
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / folder.name
         arguments = ["export", folder, "--base", model_dir, "--out", out, "--format", "peft-v5"]
-        if graft([str(argument) for argument in arguments]):
+        with contextlib.redirect_stdout(sys.stderr):  # stdout holds the table alone
+            status = graft([str(argument) for argument in arguments])
+        if status:
             sys.exit(f"{folder} cannot be exported")
         return PeftModel.from_pretrained(base, str(out)).eval()
 

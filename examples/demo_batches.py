@@ -1,4 +1,4 @@
-"""Batches of short samples of near-equal length, and exact-match decoding: what both training scripts share."""
+"""Batches of short samples of near-equal length, and exact-match decoding: for the training of the base."""
 
 from __future__ import annotations
 
