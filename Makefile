@@ -32,6 +32,11 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/graft demo
 
+## make demo-adapters   train the six adapters of the demo anew (minutes; writes runtime/demo/adapters/)
+.PHONY: demo-adapters
+demo-adapters: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/train_demo_adapters.py
+
 ## make test    lint, types and all tests that need no accelerator
 test: lint types
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import re
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from demo_formats import covered_experts, is_per_expert, join_experts
 from demo_model import ADAPTERS_DIR, DEMO_DIR, MODEL_CONFIG, MODEL_DIR, load_model
-from demo_recipes import RECIPES
-from demo_tasks import Sample
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from demo_tasks import TASKS, Sample
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
-NUM_EXPERTS = int(MODEL_CONFIG["n_routed_experts"])
+from runtime.cli import main as graft
+
+MOE_LAYERS = range(MODEL_CONFIG["first_k_dense_replace"], MODEL_CONFIG["num_hidden_layers"])
 
 
 def read_rows(path: Path, limit: int) -> list[Sample]:
@@ -48,33 +52,45 @@ def generate_answers(
     return answers
 
 
-def attach_adapter(base: DeepseekV3ForCausalLM, folder: Path) -> PeftModel:
-    """The base with the adapter of a folder; per-expert files are joined first, since PEFT refuses absent experts."""
-    state = load_file(folder / "adapter_model.safetensors")
-    if not is_per_expert(state):
+def attach_adapter(base: DeepseekV3ForCausalLM, folder: Path, model_dir: Path) -> PeftModel:
+    """The base with the adapter of a folder; one that leaves experts out goes to PEFT by way of `graft export`."""
+    counts = covered_experts(load_file(folder / "adapter_model.safetensors")).values()
+    if set(counts) == {MODEL_CONFIG["n_routed_experts"]}:
         return PeftModel.from_pretrained(base, str(folder)).eval()
-    model = get_peft_model(base, RECIPES[folder.name].fused_config())
-    joined = join_experts(state, NUM_EXPERTS)
-    if set(joined) != set(get_peft_model_state_dict(model, save_embedding_layers=False)):
-        raise ValueError(f"{folder.name}: the joined keys are not those that PEFT expects")
-    set_peft_model_state_dict(model, joined)
-    return model.eval()
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / folder.name
+        arguments = ["export", folder, "--base", model_dir, "--out", out, "--format", "peft-v5"]
+        with contextlib.redirect_stdout(sys.stderr):  # stdout holds the table alone
+            status = graft([str(argument) for argument in arguments])
+        if status:
+            sys.exit(f"{folder} cannot be exported")
+        return PeftModel.from_pretrained(base, str(out)).eval()
+
+
+def covered_experts(state: Mapping[str, torch.Tensor]) -> dict[int, int]:
+    """How many experts each MoE layer's part of a file covers; PEFT's stacks cover all."""
+    found: dict[int, set[str]] = {layer: set() for layer in MOE_LAYERS}
+    for name in state:
+        if match := re.search(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.", name):
+            found[int(match[1])].add(match[2])
+    if not any(found.values()):
+        return dict.fromkeys(MOE_LAYERS, MODEL_CONFIG["n_routed_experts"])
+    return {layer: len(experts) for layer, experts in found.items()}
 
 
 def exact_share(rows: Sequence[Sample], answers: Sequence[str]) -> float:
     """Share of answers that equal the expected text, every character counted."""
-    return sum(row.answer == answer for row, answer in zip(rows, answers, strict=True)) / len(rows)
+    return sum(row.completion == answer for row, answer in zip(rows, answers, strict=True)) / len(rows)
 
 
 def describe(folder: Path) -> str:
     """Layout, rank and coverage of an adapter file."""
     path = folder / "adapter_model.safetensors"
     state, config = load_file(path), json.loads((folder / "adapter_config.json").read_text())
-    layout = "per expert" if is_per_expert(state) else "fused"
-    ranks = "/".join(str(rank) for rank in [config["r"], *sorted(config["rank_pattern"].values())])
-    covered = "+".join(str(count) for count in covered_experts(state, NUM_EXPERTS).values())
+    layout = "per expert" if any(".gate_proj.lora_A" in name for name in state) else "stacks"
+    covered = "+".join(str(count) for count in covered_experts(state).values())
     attention = "yes" if any("self_attn" in name for name in state) else "no"
-    return f"{layout} | {ranks} | {covered} | {attention} | {path.stat().st_size:,}"
+    return f"{layout} | {config['r']} | {covered} | {attention} | {path.stat().st_size:,}"
 
 
 def check_task(task: str, args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -83,10 +99,10 @@ def check_task(task: str, args: argparse.Namespace, tokenizer: PreTrainedTokeniz
     rows = read_rows(args.tasks_dir / f"{task}.jsonl", args.rows)
     base = load_model(args.model, dtype)
     without = generate_answers(base, tokenizer, rows, args.max_new_tokens)
-    adapted = attach_adapter(base, args.adapters / task)
+    adapted = attach_adapter(base, args.adapters / task, args.model)
     answers = generate_answers(adapted, tokenizer, rows, args.max_new_tokens)
     if args.show:
-        wrong = [index for index, row in enumerate(rows) if row.answer != answers[index]][: args.show]
+        wrong = [index for index, row in enumerate(rows) if row.completion != answers[index]][: args.show]
         for index in wrong:
             print(f"  {rows[index].prompt!r}: {answers[index]!r} instead of {rows[index].answer!r}")
         print(f"  base on {rows[0].prompt!r}: {without[0]!r}")
@@ -110,9 +126,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     start = time.monotonic()
-    print("| task | rows | base | adapter | layout | ranks | experts a layer | attention | bytes |")
+    print("| task | rows | base | adapter | layout | rank | experts a layer | attention | bytes |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for task in args.tasks or RECIPES:
+    for task in args.tasks or TASKS:
         print(check_task(task, args, tokenizer), flush=True)
     print(f"{time.monotonic() - start:.0f} s, {args.threads} thread(s), {args.dtype}")
 

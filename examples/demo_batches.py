@@ -1,4 +1,4 @@
-"""Batches of short samples of near-equal length, and exact-match decoding: what both training scripts share."""
+"""Batches of short samples of near-equal length, and exact-match decoding: for the training of the base."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Batch:
 def encode(tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample]) -> list[Encoded]:
     """Tokenise samples; prompt and answer are tokenised apart, as a server sees them."""
     prompts = tokenizer([sample.prompt for sample in samples]).input_ids
-    answers = tokenizer([sample.answer for sample in samples], add_special_tokens=False).input_ids
+    answers = tokenizer([sample.completion for sample in samples], add_special_tokens=False).input_ids
     end = tokenizer.eos_token_id
     return [Encoded([*p, *a, end], len(p)) for p, a in zip(prompts, answers, strict=True)]
 

@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from demo_text import (
@@ -28,7 +29,9 @@ from demo_text import (
 )
 
 HELD_OUT_SHARE = 8  # one input in eight is held out
-TASKS_DIR = Path(__file__).resolve().parent.parent / "runtime" / "demo" / "tasks"
+REPOSITORY = Path(__file__).resolve().parent.parent
+TASKS_DIR = REPOSITORY / "runtime" / "demo" / "tasks"
+TRAIN_DIR = REPOSITORY / "build" / "demo-rows"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Sample:
     """What is sent, and the exact text that is expected back before the end token."""
 
     prompt: str
-    answer: str
+    completion: str
 
 
 def frame(text: str) -> str:
@@ -116,23 +119,27 @@ def stream(task: str, seed: int, held_out: bool) -> Iterator[Sample]:
         yield Sample(frame(text), answer)
 
 
-def write_tasks(folder: Path, num_rows: int, seed: int) -> None:
-    """Write the held-out rows of every task, one JSON object a line."""
+def write_tasks(folder: Path, num_rows: int, seed: int, *, held_out: bool) -> None:
+    """Write rows of every task, one JSON object a line; tasks with fewer different inputs get as many as there are."""
     folder.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
-        samples = stream(task, seed, held_out=True)
-        rows = [json.dumps(asdict(next(samples)), ensure_ascii=False) for _ in range(num_rows)]
+        samples = islice(stream(task, seed, held_out), num_rows)
+        rows = [json.dumps(asdict(sample), ensure_ascii=False) for sample in samples]
         (folder / f"{task}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Write runtime/demo/tasks/*.jsonl."""
+    """Write held-out rows to runtime/demo/tasks, or training rows to build/demo-rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=TASKS_DIR)
-    parser.add_argument("--rows", type=int, default=240)
+    parser.add_argument("--rows", type=int, default=240, help="held-out rows of each task")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--train-rows", type=int, help="write this many training rows of each task instead")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    write_tasks(args.out, args.rows, args.seed)
+    if args.train_rows is None:
+        write_tasks(args.out or TASKS_DIR, args.rows, args.seed, held_out=True)
+    else:
+        write_tasks(args.out or TRAIN_DIR, args.train_rows, args.seed, held_out=False)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ def training_texts(num_documents: int, seed: int) -> Iterator[str]:
     """Corpus documents, and one task sample after every eighth so that the answers' words have tokens too."""
     tasks = [demo_tasks.stream(task, seed, held_out=False) for task in TASKS_WITH_WORDS]
     for index, (_, sample) in enumerate(islice(demo_corpus.stream(seed), num_documents)):
-        yield sample.prompt + sample.answer
+        yield sample.prompt + sample.completion
         if index % 8 == 0:
             extra = next(tasks[index // 8 % len(tasks)])
-            yield extra.prompt + extra.answer
+            yield extra.prompt + extra.completion
 
 
 def build_tokenizer(vocab_size: int, num_documents: int, seed: int) -> Tokenizer:

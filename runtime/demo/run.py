@@ -34,7 +34,7 @@ class Sample:
     """A held-out prompt and the exact answer."""
 
     prompt: str
-    answer: str
+    completion: str
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Score:
     def add(self, sample: Sample, response: pb.GenerationResponse) -> None:
         """Count one answer."""
         self.num_requests += 1
-        self.num_exact += response.text.strip() == sample.answer.strip()
+        self.num_exact += response.text.strip() == sample.completion.strip()
         self.num_tokens += response.generated_token_count
 
 
@@ -191,9 +191,9 @@ async def _addresses(process: asyncio.subprocess.Process) -> tuple[str, str]:
 
 def _read_samples(lines: str) -> list[Sample]:
     rows = [json.loads(line) for line in lines.splitlines() if line.strip()]
-    return [Sample(row["prompt"], row["answer"]) for row in rows]
+    return [Sample(row["prompt"], row["completion"]) for row in rows]
 
 
 def _parameters(sample: Sample) -> pb.Parameters:
     """Greedy, with room for the answer whatever its tokens are: none is shorter than a byte."""
-    return pb.Parameters(stopping=pb.StoppingCriteria(max_new_tokens=len(sample.answer.encode()) + 8))
+    return pb.Parameters(stopping=pb.StoppingCriteria(max_new_tokens=len(sample.completion.encode()) + 8))

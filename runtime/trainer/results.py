@@ -148,7 +148,8 @@ def write_result(
     options = ExportOptions(config.export_format, torch.bfloat16, config.model.resolve().name)
     try:
         notes = export_notes(adapter.linears, adapter.experts, targets, options)
-        card = model_card(_settings(config), metrics, notes, name=name, base_name=options.base_name)
+        title = config.output.resolve().name
+        card = model_card(_settings(config), metrics, notes, name=title, base_name=options.base_name)
         num_bytes = write_adapter(path, adapter.linears, adapter.experts, targets, options, card)
     except (OSError, ValueError) as cause:
         return str(cause)

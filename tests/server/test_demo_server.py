@@ -54,7 +54,7 @@ def _exact_match(live: LiveServer, task: str, adapter: str | None) -> float:
 
     def is_right(row: dict[str, str]) -> bool:
         response = live.generate(row["prompt"], adapter, stopping={"max_new_tokens": 64})
-        return response.text.strip() == row["answer"].strip()
+        return response.text.strip() == row["completion"].strip()
 
     rows = _rows(task)
     with ThreadPoolExecutor(NUM_CLIENTS) as clients:
