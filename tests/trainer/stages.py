@@ -13,7 +13,7 @@ from torch import Tensor
 from runtime.distributed.mesh import MeshShape, make_mesh
 from runtime.layers.placement import Placement
 from runtime.models.deepseek.config import DeepseekConfig
-from runtime.ops.base import make_ops
+from runtime.ops.base import Ops, make_ops
 from runtime.trainer.config import LoraSettings, RoutingConfig
 from runtime.trainer.data.batch import collate
 from runtime.trainer.data.documents import Document
@@ -39,12 +39,17 @@ def make_stage(
     activation_checkpointing: bool = False,
     adapted: Sequence[int] | None = None,
     seed: int = 0,
+    device: torch.device = CPU,
+    ops: Ops | None = None,
 ) -> TrainingStage:
-    """The whole base as one stage, both factors of every module random; `adapted`: only these routed experts."""
+    """The whole base as one stage, both factors of every module random; `adapted`: only these routed experts.
+
+    `ops`: another table than the device's own.
+    """
     config = DeepseekConfig.from_dir(base.path)
     layers = range(config.num_hidden_layers)
     options = StageOptions(layers, resolve_targets(config, lora, seed), routing, activation_checkpointing)
-    stage = TrainingStage(config, Placement(CPU, dtype, make_ops(CPU)), make_mesh(MeshShape()), options)
+    stage = TrainingStage(config, Placement(device, dtype, ops or make_ops(device)), make_mesh(MeshShape()), options)
     load_stage(stage, base.path)
     if adapted is not None:
         for moe in stage.moe_layers().values():
@@ -73,13 +78,18 @@ def make_rows(lengths: Sequence[Sequence[int]], *, seed: int = 0, num_words: int
 
 
 def make_batch(
-    rows: Sequence[Row], *, of: Sequence[Row] | None = None, first_row: int = 0, width: int | None = None
+    rows: Sequence[Row],
+    *,
+    of: Sequence[Row] | None = None,
+    first_row: int = 0,
+    width: int | None = None,
+    device: torch.device = CPU,
 ) -> MicroBatch:
     """One micro-batch of `rows`, which stand at `first_row` of the step's rows `of` (by default they are all)."""
     step = rows if of is None else of
     return make_micro_batch(
         collate(rows, width),
-        CPU,
+        device,
         rows=range(first_row, first_row + len(rows)),
         row_tokens=ROW_TOKENS,
         loss_weight=1 / max(1, sum(num_target_tokens(row) for row in step)),
