@@ -141,7 +141,13 @@ class TrainConfig:
     keep_checkpoints: int = 2
     check_replicas_every: int = 100
     export_format: str = "per-expert"
+    base_name: str | None = None
     measure_mfu: bool = True
+
+    @property
+    def called_base(self) -> str:
+        """What files call the base: as told, or as its folder is called."""
+        return self.base_name or self.model.resolve().name
 
     @property
     def num_micro_batches(self) -> int:

@@ -145,7 +145,7 @@ def write_result(
         return None
     path: Path = config.output / name
     targets = base.adapter_targets()
-    options = ExportOptions(config.export_format, torch.bfloat16, config.model.resolve().name)
+    options = ExportOptions(config.export_format, torch.bfloat16, config.called_base)
     try:
         notes = export_notes(adapter.linears, adapter.experts, targets, options)
         title = config.output.resolve().name

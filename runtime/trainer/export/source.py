@@ -50,4 +50,4 @@ def _read_checkpoint(path: Path, base: DeepseekConfig) -> AdapterSource:
         raise CheckpointProblem(f"{path} holds {unknown[0]}, which this base does not have: is it another base?")
     adapter = as_adapter(factors, scales)
     remark = f"a checkpoint after step {state.step}"
-    return AdapterSource(adapter.linears, adapter.experts, config.model.resolve().name, (remark,))
+    return AdapterSource(adapter.linears, adapter.experts, config.called_base, (remark,))
