@@ -54,11 +54,10 @@ def check_same_run(config: TrainConfig, resumed: RunState) -> None:
 def check_same_inputs(config: TrainConfig, now: Mapping[str, str], before: Mapping[str, str]) -> None:
     """Raises CheckpointProblem naming the data or base that is not the one of the checkpoint."""
     where = {"data.train": config.data.train, "data.eval": config.data.eval, "model": (config.model,)}
-    changed = [
-        f"{name} ({', '.join(map(str, where[name]))})" if where[name] else name
-        for name in sorted(now)
-        if now[name] != before.get(name)
-    ]
+    differing = {name for name in now if now[name] != before.get(name)}
+    if "data.eval" in differing and not config.data.eval:  # a part of the training data was split off
+        differing = differing - {"data.eval"} | {"data.train"}
+    changed = [f"{name} ({', '.join(map(str, where[name]))})" for name in sorted(differing)]
     if changed:
         raise CheckpointProblem(
             f"the run cannot go on: {' and '.join(changed)} is not what it was trained with; "

@@ -68,6 +68,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     _run(four + [part(1, kind) for kind in OPTIONS_OF], 4, folder / "jobs-4")
     two = [
         run("no broadcast DP2", DP2, fault=faults.NO_BROADCAST, fails=True),
+        run("no output", DP2, "/proc/out", fails=True),
         run("linear", DP2, fault=faults.CHANGED_LINEAR, fails=True),
         run("expert", DP2, fault=faults.CHANGED_EXPERT, fails=True),
         run("disk full", DP2, fault=faults.DISK_FULL, stop_after=4),
@@ -119,6 +120,13 @@ def test_a_factor_that_changes_on_one_process_is_found_and_named_at_the_next_che
     assert len(errors) == 2 and len(set(errors)) == 1
     assert errors[0].startswith("ReplicasDiffer: step 4: ") and said in errors[0]
     assert not outcome.folder.joinpath(f"{name}.pt").exists()
+
+
+def test_what_only_one_process_met_ends_all_and_is_told_with_its_number(outcome: Outcome) -> None:
+    """Process 0 alone writes, so it alone finds that the output cannot be written."""
+    own, other = outcome.errors("no output")
+    assert own == "ConfigError: output = '/proc/out': cannot be written (No such file or directory): choose another output"
+    assert other == f"ValueError: process 0: {own.removeprefix('ConfigError: ')}"
 
 
 @pytest.mark.parametrize("name", ["disk full", "disk full on one"])
