@@ -125,8 +125,8 @@ def test_a_factor_that_changes_on_one_process_is_found_and_named_at_the_next_che
 def test_what_only_one_process_met_ends_all_and_is_told_with_its_number(outcome: Outcome) -> None:
     """Process 0 alone writes, so it alone finds that the output cannot be written."""
     own, other = outcome.errors("no output")
-    assert own == "ConfigError: output = '/proc/out': cannot be written (No such file or directory): choose another output"
-    assert other == f"ValueError: process 0: {own.removeprefix('ConfigError: ')}"
+    said = "output = '/proc/out': cannot be written (No such file or directory): choose another output"
+    assert (own, other) == (f"ConfigError: {said}", f"ValueError: process 0: {said}")
 
 
 @pytest.mark.parametrize("name", ["disk full", "disk full on one"])

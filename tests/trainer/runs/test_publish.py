@@ -39,7 +39,7 @@ def test_a_trained_adapter_is_loaded_and_its_generation_printed(
     (root / "runs").mkdir()
     status, out, messages = publish(graft, root / "runs", rows, server.admin_address, "mine")
     assert (status, messages) == (0, [])
-    adapter = server.adapters.GetAdapter(pb.GetAdapterRequest(adapter_id="mine"), timeout=10)
+    adapter = server.adapters.GetAdapter(pb.GetAdapterRequest(name="adapters/mine"), timeout=10).adapter
     assert f"mine: generation {adapter.generation} on {server.admin_address}, {adapter.digest}" in out
     assert adapter.source_path == "runs/out/adapter" and re.fullmatch(r"sha256:[0-9a-f]{64}", adapter.digest)
     assert server.generate("x", "mine", stopping={"max_new_tokens": 1}).generated_token_count == 1
@@ -64,7 +64,7 @@ def test_a_name_that_stands_for_another_adapter_is_not_taken_from_it(
     assert status == 1 and len(messages) == 1
     assert "'taken'" in messages[0] and "choose another --name" in messages[0]
     assert "must lie below" not in messages[0]
-    adapter = server.adapters.GetAdapter(pb.GetAdapterRequest(adapter_id="taken"), timeout=10)
+    adapter = server.adapters.GetAdapter(pb.GetAdapterRequest(name="adapters/taken"), timeout=10).adapter
     assert adapter.source_path == "date-iso"
 
 
