@@ -30,10 +30,11 @@ def select_experts(
 ) -> ExpertsOfLayers:
     """Layer -> experts to train, of all layers of the base; every process calls this and gets the same."""
     scores = {layer: torch.zeros(stage.config.n_routed_experts, dtype=torch.float64) for layer in stage.moe_layers()}
+    micro_batches, num_rows = _sample(config, selection, documents, stage)
     for layer, moe in stage.moe_layers().items():
-        moe.observe_routing = _observer(scores[layer], selection.by)
+        moe.observe_routing = _observer(scores[layer], selection.by, num_rows * config.data.max_length)
     stage.eval()
-    for _batch, _hidden in forward_only(stage, _sample(config, selection, documents, stage)):
+    for _batch, _hidden in forward_only(stage, micro_batches):
         pass
     stage.train()
     for moe in stage.moe_layers().values():
@@ -63,15 +64,18 @@ def fewest_reaching(score_E: Tensor, threshold: float) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def _observer(score_E: Tensor, by: str) -> RoutingObserver:
-    """Adds each real token's weights, summing to 1 a token (gate_score), or its choices (token_share)."""
+def _observer(score_E: Tensor, by: str, num_ids: int) -> RoutingObserver:
+    """Adds each real token's weights, summing to 1 a token (gate_score), or its choices (token_share).
+
+    Tokens whose place in the run is `num_ids` or more only fill up.
+    """
 
     def observe(weights_TK: Tensor, experts_TK: Tensor, batch: MicroBatch) -> None:
         if by == "gate_score":
             worth_TK = weights_TK.double() / weights_TK.double().sum(-1, keepdim=True)
         else:
             worth_TK = torch.ones_like(weights_TK, dtype=torch.float64)
-        worth_TK = worth_TK * batch.is_real_T[:, None]
+        worth_TK = worth_TK * (batch.is_real_T & (batch.ids_T < num_ids))[:, None]
         score_E.index_add_(0, experts_TK.flatten().cpu(), worth_TK.flatten().cpu())
 
     return observe
@@ -79,13 +83,12 @@ def _observer(score_E: Tensor, by: str) -> RoutingObserver:
 
 def _sample(
     config: TrainConfig, selection: SelectionConfig, documents: Sequence[Document], stage: TrainingStage
-) -> list[MicroBatch]:
-    """The run's first documents, one a row, in micro-batches that depend on no layout."""
+) -> tuple[list[MicroBatch], int]:
+    """The run's first documents, one a row, and how many these are; rows that fill up come after them."""
     data = replace(config.data, pack=False)
     stream = RowStream(documents, data, config.seed)
     per_turn = config.micro_batch_rows * stage.mesh.dp.size
     num_rows = min(selection.sample_rows, stream.num_rows(1))
-    # Every replica needs the same number of micro-batches; what is missing repeats no row but the last turn is cut.
-    num_rows = max(per_turn, num_rows - num_rows % per_turn)
-    rows = [stream.row(index) for index in range(num_rows)]
-    return step_data(config, rows, 0, stage.mesh.dp, stage.placement.device).micro_batches
+    # Every replica needs the same number of micro-batches, as exchanges between experts do.
+    rows = [stream.row(index) for index in range(num_rows + -num_rows % per_turn)]
+    return step_data(config, rows, 0, stage.mesh.dp, stage.placement.device).micro_batches, num_rows

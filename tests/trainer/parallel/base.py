@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = {
         "patterns": {"o_proj": {"rank": 3, "alpha": 9.0}, "shared_experts": {"rank": 8}},
     },
     "routing": {"aux_loss": 0.5, "capacity_factor": 1.0, "overflow": "reroute"},
-    "selection": {"by": "token_share", "threshold": 0.6, "sample_rows": 8},
+    "selection": {"by": "token_share", "threshold": 0.6, "sample_rows": 7},
     "optimizer": {"lr": 2e-3, "clip_norm": 1.0, "eps": 1e-7, "lora_plus_ratio": 4.0, "schedule": "linear"},
     "activation_checkpointing": True,
 }

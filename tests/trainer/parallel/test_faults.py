@@ -29,7 +29,6 @@ PARTS: tuple[tuple[int, dict[str, Any]], ...] = (
     (6, {"dp": 2, "ep": 2}),
     (8, {}),
 )
-OPTIONS_OF: dict[str, dict[str, Any]] = {"plain": {}, "options": OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,15 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         own = {key: changes.pop(key) for key in list(changes) if key in ("resume", "stop_after", "fault", "fails")}
         return Run(config | changes, str(folder / f"{name}.pt"), **own)
 
-    def part(number: int, kind: str) -> Run:
+    def part(number: int) -> Run:
         stop, layout = PARTS[number]
         resume = "latest" if number else None
-        return run(f"{kind} {number}", layout, kind, resume=resume, stop_after=stop, **OPTIONS_OF[kind])
+        return run(f"part {number}", layout, "parts", resume=resume, stop_after=stop, **OPTIONS)
 
-    alone = [run(f"{kind} unbroken", {}, **options) for kind, options in OPTIONS_OF.items()]
-    for one in [*alone, *(part(0, kind) for kind in OPTIONS_OF)]:
-        _run_here(one)
+    _run_here(run("unbroken", {}, **OPTIONS))
+    _run_here(part(0))
     four = [run("no broadcast TP2xDP2", TP2_DP2, fault=faults.NO_BROADCAST, fails=True)]
-    _run(four + [part(1, kind) for kind in OPTIONS_OF], 4, folder / "jobs-4")
+    _run([*four, part(1)], 4, folder / "jobs-4")
     two = [
         run("no broadcast DP2", DP2, fault=faults.NO_BROADCAST, fails=True),
         run("no output", DP2, "/proc/out", fails=True),
@@ -74,9 +72,8 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         run("disk full", DP2, fault=faults.DISK_FULL, stop_after=4),
         run("disk full on one", DP2, fault=faults.DISK_FULL_ON_ONE, stop_after=4),
     ]
-    _run(two + [part(2, kind) for kind in OPTIONS_OF], 2, folder / "jobs-2")
-    for kind in OPTIONS_OF:
-        _run_here(part(3, kind))
+    _run([*two, part(2)], 2, folder / "jobs-2")
+    _run_here(part(3))
     return Outcome(folder)
 
 
@@ -147,22 +144,21 @@ def test_a_disk_that_was_full_changes_no_number(outcome: Outcome) -> None:
     assert len(losses) == 4 and losses == outcome.result("disk full on one")["losses"]
 
 
-@pytest.mark.parametrize("kind", OPTIONS_OF)
 def test_a_run_that_goes_on_in_other_layouts_has_the_losses_of_an_unbroken_one(
-    outcome: Outcome, kind: str, record_number: RecordNumber
+    outcome: Outcome, record_number: RecordNumber
 ) -> None:
-    unbroken = outcome.result(f"{kind} unbroken")
-    parts = [outcome.result(f"{kind} {number}") for number in range(len(PARTS))]
+    """With every option that draws numbers or keeps a state, experts chosen in the first part among them."""
+    unbroken = outcome.result("unbroken")
+    parts = [outcome.result(f"part {number}") for number in range(len(PARTS))]
     losses = [loss for part in parts for loss in part["losses"]]
     pairs = list(zip(losses, unbroken["losses"], strict=True))
-    record_number(f"1 > TP2xPP2 > EP2 > 1, {kind}: loss, relative", max(abs(a / b - 1) for a, b in pairs), at_most=1e-5)
+    record_number("1 > TP2xPP2 > EP2 > 1: loss, relative", max(abs(a / b - 1) for a, b in pairs), at_most=1e-5)
     adapters = parts[-1]["adapter"], unbroken["adapter"]
     assert adapters[0].keys() == adapters[1].keys()
     worst = max(float((adapters[0][key] - adapters[1][key]).abs().max()) for key in adapters[1])
-    record_number(f"1 > TP2xPP2 > EP2 > 1, {kind}: adapter, absolute", worst, at_most=1e-5)
+    record_number("1 > TP2xPP2 > EP2 > 1: adapter, absolute", worst, at_most=1e-5)
 
 
-@pytest.mark.parametrize("kind", OPTIONS_OF)
-def test_only_the_newest_checkpoints_are_kept_whatever_layout_wrote_them(outcome: Outcome, kind: str) -> None:
-    kept = checkpoints(outcome.folder / kind / "checkpoints")
+def test_only_the_newest_checkpoints_are_kept_whatever_layout_wrote_them(outcome: Outcome) -> None:
+    kept = checkpoints(outcome.folder / "parts" / "checkpoints")
     assert [path.name for path in kept] == ["step-00000006", "step-00000008"]

@@ -61,7 +61,7 @@ def write_config(path: Path, data: Path, output: Path, **changes: Any) -> Path:
         "model": str(MODEL),
         "output": str(output),
         "data": {"train": [str(data)], "max_length": 48, "template": "plain", "eval_fraction": 0.2},
-        "lora": {"targets": ["experts"], "rank": 4},
+        "lora": {"targets": ["o_proj"], "rank": 4},  # few tensors, so that checkpoints cost little
         "steps": NUM_STEPS,
         "batch_rows": 2,
         "save_every": 2,

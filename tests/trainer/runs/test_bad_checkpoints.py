@@ -123,7 +123,7 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "steps": (["steps=9"], ["steps was 6, is 9"]),
     "dropout, dtype": (["lora.dropout=0.5", "dtype=bfloat16"], ["lora.dropout was 0.0, is 0.5", "dtype was 'float32'"]),
     "selection": (["selection.threshold=0.3"], ["selection was None, is {'by': 'gate_score', 'threshold': 0.3"]),
-    "targets": (["lora.targets=[experts, o_proj]"], ["lora.targets was ['experts'], is ['experts', 'o_proj']"]),
+    "targets": (["lora.targets=[experts, o_proj]"], ["lora.targets was ['o_proj'], is ['experts', 'o_proj']"]),
 }
 
 

@@ -19,7 +19,7 @@ from tests.trainer.runs.demo import MODEL, OPTIONS, Graft, adapter_tensors, writ
 
 PROJECTIONS = ("gate", "up", "down")
 CASES: dict[str, dict[str, Any]] = {
-    "experts": {},
+    "experts": {"lora": {"targets": ["experts"], "rank": 4}},
     "options": OPTIONS,
     "patterns": {
         "lora": {
