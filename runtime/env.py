@@ -32,8 +32,22 @@ def child_environment() -> dict[str, str]:
 
 
 def process_rank() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this host) as torchrun sets them; a process alone is (0, 1, 0)."""
-    return tuple(int(os.environ.get(name, default)) for name, default in _TORCHRUN)  # type: ignore[return-value]
+    """(rank, number of processes, rank on this host) as torchrun sets them; a process alone is (0, 1, 0).
+
+    Raises ValueError naming the variable that holds no such number.
+    """
+    rank, world_size, local_rank = (_number(name, default) for name, default in _TORCHRUN)
+    if not (world_size >= 1 and 0 <= rank < world_size and local_rank >= 0):
+        raise ValueError(f"RANK = {rank}, WORLD_SIZE = {world_size}, LOCAL_RANK = {local_rank}: RANK counts from 0 to "
+                         "WORLD_SIZE - 1; torchrun sets all three")  # fmt: skip
+    return rank, world_size, local_rank
+
+
+def _number(name: str, default: str) -> int:
+    text = os.environ.get(name, default)
+    if not text.isdecimal():
+        raise ValueError(f"the environment variable {name} = {text!r} is no number: torchrun sets it, or leave it out")
+    return int(text)
 
 
 _TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

@@ -33,13 +33,21 @@ def publish(address: str, name: str, folder: Path) -> str:
                     continue
                 problem = as_graft_error(error, address)
                 raise GraftError(
-                    f"{folder} was trained, but not published: {problem}; its folder must lie below the server's "
-                    f"adapters root; then: graft adapters load {name} PATH",
+                    f"{folder} was trained, but not published: {problem}; {_what_to_do(error, name)}",
                     reason="NOT_PUBLISHED",
                     problems=problem.problems,
                 ) from error
             return f"{name}: generation {adapter.generation} on {address}, {adapter.digest}"
     raise GraftError(f"{folder} has no path to publish", reason="NOT_PUBLISHED")
+
+
+def _what_to_do(error: grpc.RpcError, name: str) -> str:
+    load = f"graft adapters load {name} PATH"
+    if _is_elsewhere(error):
+        return f"its folder must lie below the server's adapters root; then: {load}"
+    if error.code() is grpc.StatusCode.ALREADY_EXISTS:
+        return f"choose another --name, or: graft adapters unload {name}, then {load}"
+    return f"when that is mended: {load}"
 
 
 def _is_elsewhere(error: grpc.RpcError) -> bool:

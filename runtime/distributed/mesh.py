@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from runtime.ops.platform import collective_backend
+
+T = TypeVar("T")
+_CONNECTION_WORDS = ("gloo", "nccl", "hccl", "tcpstore")
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,7 @@ def stop_processes() -> None:
 def make_mesh(shape: MeshShape, rank: int = 0) -> Mesh:
     """Build every group; all processes call this, in the same order. Raises ValueError on a wrong process count."""
     num_started = dist.get_world_size() if dist.is_initialized() else 1
-    if num_started != shape.num_processes:
-        raise ValueError(
-            f"{num_started} processes were started, but pp x dp x tp = {shape.pp} x {shape.dp} x {shape.tp} needs "
-            f"{shape.num_processes}: change the number of processes or `parallel` in the configuration"
-        )
+    check_process_count(shape, num_started)
     if num_started == 1:
         return Mesh(shape, *(ALONE,) * 8)
     per_stage, replicas = shape.dp * shape.tp, shape.ep // shape.tp
@@ -108,6 +108,16 @@ def make_mesh(shape: MeshShape, rank: int = 0) -> Mesh:
         expert_column=family(lambda r, pp, dp, tp: (pp, dp // replicas, tp)),
         expert_replicas=family(lambda r, pp, dp, tp: (pp, r % shape.ep)),
     )
+
+
+def check_process_count(shape: MeshShape, num_started: int) -> None:
+    """Raises ValueError if the mesh needs another number of processes; nobody has to be joined for that."""
+    if num_started != shape.num_processes:
+        were = "process was" if num_started == 1 else "processes were"
+        raise ValueError(
+            f"{num_started} {were} started, but pp x dp x tp = {shape.pp} x {shape.dp} x {shape.tp} needs "
+            f"{shape.num_processes}: change the number of processes or `parallel` in the configuration"
+        )
 
 
 def _own_group(shape: MeshShape, rank: int, key: Callable[[int, int, int, int], object]) -> Group:
@@ -131,6 +141,32 @@ def gather_objects(value: object, group: Group) -> list[object]:
     gathered: list[object] = [None] * group.size
     dist.all_gather_object(gathered, value, group=group.handle)
     return gathered
+
+
+def together(work: Callable[[], T], group: Group) -> T:
+    """The result of work that each process does alone; what fails on one is raised on all, so that none waits for it.
+
+    Raises the ValueError or OSError of this process, or a ValueError that names the process and says what it met.
+    """
+    own: ValueError | OSError | None = None
+    result = None
+    try:
+        result = work()
+    except (ValueError, OSError) as cause:
+        own = cause
+    problems = gather_objects(None if own is None else str(own), group)
+    if own is not None:
+        raise own
+    for rank, problem in zip(group.ranks, problems, strict=True):
+        if problem is not None:
+            raise ValueError(f"process {rank}: {problem}")
+    return cast(T, result)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether this is torch.distributed's way of saying that another process is gone or was never there."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in _CONNECTION_WORDS)
 
 
 def barrier(group: Group) -> None:

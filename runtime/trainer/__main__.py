@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.distributed.mesh import make_mesh, start_processes, stop_processes
+from runtime.distributed.mesh import check_process_count, is_lost_connection, make_mesh, start_processes, stop_processes
 from runtime.env import configure_logging, process_rank
 from runtime.errors import GraftError
 from runtime.ops.platform import bind_process, open_device
+from runtime.trainer.config import TrainConfig
 from runtime.trainer.config_file import read_config
 from runtime.trainer.loop import Training
 from runtime.trainer.mesh_shape import mesh_shape
@@ -34,23 +35,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(config_path: Path, overrides: Sequence[str], resume: str | None) -> int:
     """Run this process's part; problems that the user can mend are one sentence, told by process 0."""
-    rank, world_size, local_rank = process_rank()
-    if rank:
-        logging.getLogger("runtime.trainer").setLevel(logging.WARNING)
+    rank, local_rank = 0, 0
     try:
+        rank, world_size, local_rank = process_rank()
         config = read_config(config_path, overrides)
-        device = bind_process(open_device(config.device), local_rank)
-        start_processes(device, rank, world_size)
-        mesh = make_mesh(mesh_shape(config.parallel), rank)
-        Training(config, mesh, device, resume).run()
+        _train(config, resume, rank, world_size, local_rank)
+    except KeyboardInterrupt:
+        return 130
     except (GraftError, ValueError, OSError, ReplicasDiffer) as error:
         logger.debug("the run ended", exc_info=True)
         if local_rank == 0 or not isinstance(error, ValueError | ReplicasDiffer):  # those are met by all alike
-            sys.stderr.write(f"graft train: {error}\n" if not rank else f"graft train (process {rank}): {error}\n")
+            _tell(rank, str(error))
         return 1
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        logger.debug("the run ended", exc_info=True)
+        if local_rank == 0:
+            reason = " ".join(str(error).split())[:150]
+            _tell(rank, f"another process of the run ended or cannot be reached ({reason}); --resume goes on from the "
+                        "newest checkpoint")  # fmt: skip
+        return 1
+    return 0
+
+
+def _train(config: TrainConfig, resume: str | None, rank: int, world_size: int, local_rank: int) -> None:
+    if rank:
+        logging.getLogger("runtime.trainer").setLevel(logging.WARNING)
+    shape = mesh_shape(config.parallel)
+    check_process_count(shape, world_size)
+    device = bind_process(open_device(config.device), local_rank)
+    start_processes(device, rank, world_size)
+    try:
+        Training(config, make_mesh(shape, rank), device, resume).run()
     finally:
         stop_processes()
-    return 0
+
+
+def _tell(rank: int, message: str) -> None:
+    sys.stderr.write(f"graft train: {message}\n" if not rank else f"graft train (process {rank}): {message}\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -28,10 +29,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from runtime.distributed.mesh import Mesh, barrier, gather_objects
+from runtime.trainer.export.folder import move_into_place
 from runtime.trainer.parameters import LoraParameter
 
 PREFIX = "step-"
-RUN_FILE, FILES_FILE = "run.json", "files.json"
+RUN_FILE, FILES_FILE, TENSORS_FILE = "run.json", "files.json", ".metadata"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _CHUNK_BYTES = 1 << 22
 _ALONE = "torch.distributed is disabled"  # told of a process that is alone on purpose
@@ -45,11 +47,15 @@ class CheckpointProblem(ValueError):
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands: optimizer steps done, its settings, the experts that are trained (None: all)."""
+    """Where a run stands: optimizer steps done, its settings, the experts that are trained (None: all).
+
+    `inputs`: digests of what the settings only name (`fingerprint`).
+    """
 
     step: int
     settings: Mapping[str, Any]
     experts: Mapping[int, tuple[int, ...]] | None
+    inputs: Mapping[str, str]
     best_loss: float | None = None
     best_step: int | None = None
 
@@ -64,12 +70,19 @@ def save_checkpoint(
     """Write under a temporary name, force to disk, rename. Raises CheckpointProblem on every process if one cannot."""
     path = folder / f"{PREFIX}{state.step:08d}"
     partial = folder / f".{path.name}.partial"
-    problem = _tried(lambda: _prepare(partial, path), mesh.world.rank == 0)
+    problem = _tried(lambda: _prepare(partial), mesh.world.rank == 0)
     _raise_any(problem, path, partial, mesh)
     tensors = _state_dict(parameters, optimizer, mesh)
     _raise_any(_tried(lambda: _write(partial, tensors, mesh)), path, partial, mesh)
     _raise_any(_tried(lambda: _finish(partial, path, state), mesh.world.rank == 0), path, partial, mesh)
     return path
+
+
+def open_checkpoint(path: Path, mesh: Mesh) -> RunState:
+    """Check every file and read run.json; raises CheckpointProblem, on all processes what one of them met."""
+    _raise_problem(_tried(lambda: check_files(path), mesh.world.rank == 0), mesh)
+    _raise_problem(_tried(lambda: read_run_state(path)), mesh)
+    return read_run_state(path)
 
 
 def read_run_state(path: Path) -> RunState:
@@ -78,18 +91,25 @@ def read_run_state(path: Path) -> RunState:
         raw = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
         experts = raw["experts"]
         kept = None if experts is None else {int(layer): tuple(chosen) for layer, chosen in experts.items()}
-        return RunState(raw["step"], raw["settings"], kept, raw["best_loss"], raw["best_step"])
+        return RunState(
+            int(raw["step"]), dict(raw["settings"]), kept, dict(raw["inputs"]), raw["best_loss"], raw["best_step"]
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointProblem(_broken(path, f"{RUN_FILE} is missing or damaged")) from None
 
 
 def check_files(path: Path) -> None:
     """Compare every file with its size and checksum; raises CheckpointProblem naming the first that differs."""
+    if not path.is_dir():
+        raise CheckpointProblem(f"there is no checkpoint {path}; {_instead(path)}")
     try:
         files = json.loads((path / FILES_FILE).read_text(encoding="utf-8"))
         pairs = [(str(name), int(size), int(checksum)) for name, (size, checksum) in files.items()]
     except (OSError, ValueError, TypeError, AttributeError):
         raise CheckpointProblem(_broken(path, f"{FILES_FILE} is missing or damaged")) from None
+    unlisted = {RUN_FILE, TENSORS_FILE} - files.keys()
+    if unlisted:
+        raise CheckpointProblem(_broken(path, f"{FILES_FILE} does not list {min(unlisted)}"))
     for name, size, checksum in pairs:
         file = path / name
         if not file.is_file():
@@ -99,12 +119,10 @@ def check_files(path: Path) -> None:
 
 
 def load_checkpoint(
-    path: Path, parameters: Sequence[LoraParameter], optimizer: torch.optim.Optimizer, mesh: Mesh
+    path: Path, step: int, parameters: Sequence[LoraParameter], optimizer: torch.optim.Optimizer, mesh: Mesh
 ) -> None:
-    """Fill factors and moments, whatever layout wrote them; raises CheckpointProblem."""
-    _raise_problem(_tried(lambda: check_files(path), mesh.world.rank == 0), mesh)
-    state = read_run_state(path)
-    _make_moments(optimizer, state.step)
+    """Fill factors and moments after `step` steps, whatever layout wrote them; raises CheckpointProblem."""
+    _make_moments(optimizer, step)
     tensors = _state_dict(parameters, optimizer, mesh)
 
     def read() -> None:
@@ -137,9 +155,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / FILES_FILE).is_file())
 
 
-def remove_old(folder: Path, num_kept: int, best_step: int | None) -> None:
-    """Keep the newest ones and the best; remove the others and what was left half written."""
-    kept = set(checkpoints(folder)[-num_kept:]) | {folder / f"{PREFIX}{best_step or 0:08d}"}
+def remove_old(folder: Path, step: int, num_kept: int, best_step: int | None) -> None:
+    """Keep the newest ones up to `step` and the best; remove the others and what was left half written.
+
+    A later one is of a run that was given up for an earlier checkpoint.
+    """
+    newest = folder / f"{PREFIX}{step:08d}"
+    earlier = [path for path in checkpoints(folder) if path <= newest]
+    kept = set(earlier[-num_kept:]) | {folder / f"{PREFIX}{best_step or 0:08d}"}
     for path in folder.iterdir():
         if path not in kept and path.name.lstrip(".").startswith(PREFIX):
             shutil.rmtree(path, ignore_errors=True)
@@ -175,9 +198,8 @@ def _make_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
             optimizer.state[tensor] = {"step": torch.tensor(float(step)), **moments}
 
 
-def _prepare(partial: Path, path: Path) -> None:
+def _prepare(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(path, ignore_errors=True)
     partial.mkdir(parents=True)
 
 
@@ -190,15 +212,15 @@ def _write(partial: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
 def _finish(partial: Path, path: Path, state: RunState) -> None:
     experts = None if state.experts is None else {str(layer): list(own) for layer, own in state.experts.items()}
     run = {"step": state.step, "settings": state.settings, "experts": experts, "best_loss": state.best_loss,
-           "best_step": state.best_step}  # fmt: skip
+           "best_step": state.best_step, "inputs": state.inputs}  # fmt: skip
     (partial / RUN_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
     names = sorted(file.name for file in partial.iterdir())
     files = {name: ((partial / name).stat().st_size, _checksum(partial / name)) for name in names}
     (partial / FILES_FILE).write_text(json.dumps(files, indent=1), encoding="utf-8")
     for file in (*partial.iterdir(), partial):
         _force_to_disk(file)
-    partial.rename(path)
-    _force_to_disk(path.parent)
+    move_into_place(partial, path)
+    shutil.rmtree(partial, ignore_errors=True)  # what was there before
 
 
 def _force_to_disk(path: Path) -> None:
@@ -227,7 +249,7 @@ def _tried(work: Any, here: bool = True) -> str | None:
         return str(cause)
     except OSError as cause:
         return cause.strerror or str(cause)
-    except Exception as cause:  # noqa: BLE001 - torch wraps what its writers and readers raise
+    except (Exception, CheckpointException) as cause:  # noqa: BLE001 - what torch's writers and readers raise
         return _first_reason(cause)
     return None
 
@@ -261,6 +283,9 @@ def _raise_problem(problem: str | None, mesh: Mesh) -> None:
 
 
 def _broken(path: Path, what: str) -> str:
+    return f"{path} is not a whole checkpoint: {what}; {_instead(path)}"
+
+
+def _instead(path: Path) -> str:
     others = [other.name for other in checkpoints(path.parent) if other != path] if path.parent.is_dir() else []
-    instead = f"resume from another one ({', '.join(others[-3:])})" if others else "there is no other in that folder"
-    return f"{path} is not a whole checkpoint: {what}; {instead}"
+    return f"resume from another one ({', '.join(others[-3:])})" if others else "there is no other in that folder"

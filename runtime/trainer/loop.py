@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from loaders.tokenizer import Tokenizer
-from runtime.distributed.mesh import Mesh, gather_objects, sum_numbers
+from runtime.distributed.mesh import Mesh, gather_objects, sum_numbers, together
 from runtime.models.deepseek.config import DeepseekConfig
 from runtime.ops.platform import keep_freed_memory
 from runtime.trainer.checkpoint import (
@@ -18,7 +19,7 @@ from runtime.trainer.checkpoint import (
     RunState,
     checkpoints,
     load_checkpoint,
-    read_run_state,
+    open_checkpoint,
     remove_old,
     save_checkpoint,
 )
@@ -27,13 +28,15 @@ from runtime.trainer.config_file import as_plain
 from runtime.trainer.data.documents import Document, read_documents, split_documents
 from runtime.trainer.data.rows import RowStream
 from runtime.trainer.evaluate import evaluate
-from runtime.trainer.model import TrainedModel, prepare_model
+from runtime.trainer.fingerprint import fingerprint
+from runtime.trainer.model import TrainedModel, check_base_fits, prepare_model
 from runtime.trainer.optimizer import learning_rate, make_optimizer, set_learning_rate
+from runtime.trainer.output import ADAPTER, BEST_ADAPTER, CHECKPOINTS
 from runtime.trainer.parameters import num_elements
 from runtime.trainer.pipeline import gradients_of
 from runtime.trainer.replicas import check_replicas, clip_gradients, gradient_norm, sum_gradients
-from runtime.trainer.results import ADAPTER, BEST_ADAPTER, CHECKPOINTS, RunReport, write_result
-from runtime.trainer.resume import check_same_run, find_checkpoint
+from runtime.trainer.results import RunReport, check_output, write_result
+from runtime.trainer.resume import check_same_inputs, check_same_run, find_checkpoint
 from runtime.trainer.step_data import row_width, step_data
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,10 @@ class RunData:
     documents: list[Document]
     evaluation: list[Document]
     num_steps: int
+
+
+class Diverged(ValueError):
+    """The numbers of a run are not finite any more; nothing after that is worth keeping."""
 
 
 class Training:
@@ -64,27 +71,28 @@ class Training:
 
         `resume`: "latest", or a checkpoint's name or folder. `data`: what was read already, or made otherwise.
 
-        Raises ValueError (ConfigError, DataError, CheckpointError, CheckpointProblem) with a sentence for the user.
+        Raises ValueError (ConfigError, DataError, CheckpointError, CheckpointProblem) with a sentence for the user, on
+        every process if on one.
         """
         self.config, self.mesh, self.device = config, mesh, device
         keep_freed_memory(device)
-        found = find_checkpoint(config.output, resume)
-        resumed = None if found is None else read_run_state(found)
-        if resumed is not None:
-            check_same_run(config, resumed)
-        self.base = DeepseekConfig.from_dir(config.model)
-        self.data = data or read_run_data(config, log=mesh.world.rank == 0)
+        found, resumed = self._checkpoint_to_resume(resume)
+        self.base, self.data = together(lambda: self._read(data), mesh.world)
         self.model: TrainedModel = prepare_model(config, self.base, mesh, device, self.data.documents, resumed)
+        self.inputs = fingerprint(self.data.documents, self.data.evaluation, self.model.stage)
         self.optimizer = make_optimizer(self.model.parameters, config.optimizer)
         self.step, self.best_loss, self.best_step = 0, None if resumed is None else resumed.best_loss, None
         if found is not None and resumed is not None:
-            load_checkpoint(found, self.model.parameters, self.optimizer, mesh)
+            check_same_inputs(config, self.inputs, resumed.inputs)
+            load_checkpoint(found, resumed.step, self.model.parameters, self.optimizer, mesh)
             check_replicas(self.model.parameters, mesh, resumed.step)
             self.step, self.best_step = resumed.step, resumed.best_step
         self._gradients = gradients_of(
             self.model.stage, config.num_micro_batches, config.micro_batch_rows * row_width(config)
         )
-        self.report = RunReport(config, self.base, self.model, mesh, self.data.num_steps, resumed)
+        self.report = together(
+            lambda: RunReport(config, self.base, self.model, mesh, self.data.num_steps, resumed), mesh.world
+        )
         self._log_start()
 
     def run(self) -> Path | None:
@@ -108,6 +116,8 @@ class Training:
         own_loss = self._gradients(data.micro_batches)
         sum_gradients(self.model.parameters, mesh)
         norm = gradient_norm(self.model.parameters, mesh)
+        if not math.isfinite(norm):
+            raise Diverged(self._divergence())
         if config.optimizer.clip_norm is not None:
             clip_gradients(self.model.parameters, norm, config.optimizer.clip_norm)
         self.step += 1
@@ -130,6 +140,34 @@ class Training:
         if config.save_every and (is_last or step % config.save_every == 0):
             self._save()
 
+    def _checkpoint_to_resume(self, resume: str | None) -> tuple[Path | None, RunState | None]:
+        config, world = self.config, self.mesh.world
+
+        def find() -> Path | None:
+            if world.rank == 0:
+                check_output(config.output)
+            return find_checkpoint(config.output, resume)
+
+        found = together(find, world)
+        if found is None:
+            return None, None
+        resumed = open_checkpoint(found, self.mesh)
+        check_same_run(config, resumed)
+        return found, resumed
+
+    def _read(self, data: RunData | None) -> tuple[DeepseekConfig, RunData]:
+        base = DeepseekConfig.from_dir(self.config.model)
+        check_base_fits(self.config, base)
+        return base, data or read_run_data(self.config, log=self.mesh.world.rank == 0)
+
+    def _divergence(self) -> str:
+        kept = checkpoints(self.config.output / CHECKPOINTS)
+        newest = f"; the newest checkpoint is {kept[-1].name}" if kept else ""
+        return (
+            f"step {self.step + 1}: the gradients are not finite, training diverged: lower optimizer.lr, set "
+            f"optimizer.clip_norm, or use dtype float32{newest}"
+        )
+
     def _evaluate(self) -> None:
         found = evaluate(self.config, self.data.evaluation, self.model.stage)
         self.report.evaluation(self.step, found)
@@ -140,7 +178,8 @@ class Training:
     def _save(self) -> None:
         """A checkpoint that cannot be written is told; the earlier ones stay, and the next one is tried in its turn."""
         folder = self.config.output / CHECKPOINTS
-        state = RunState(self.step, as_plain(self.config), self.model.experts, self.best_loss, self.best_step)
+        settings = as_plain(self.config)
+        state = RunState(self.step, settings, self.model.experts, self.inputs, self.best_loss, self.best_step)
         try:
             save_checkpoint(folder, state, self.model.parameters, self.optimizer, self.mesh)
         except CheckpointProblem as problem:
@@ -149,7 +188,7 @@ class Training:
                 logger.error("%s; training goes on; whole checkpoints: %s", problem, kept)
             return
         if self.mesh.world.rank == 0:
-            remove_old(folder, self.config.keep_checkpoints, self.best_step)
+            remove_old(folder, self.step, self.config.keep_checkpoints, self.best_step)
 
     def _finish(self) -> Path | None:
         check_replicas(self.model.parameters, self.mesh, self.step)
@@ -161,10 +200,19 @@ class Training:
         problem = write_result(self.config, self.base, self.model, self.mesh, self.report.metrics(), name)
         told = next((other for other in gather_objects(problem, self.mesh.world) if other), None)
         if told and name == ADAPTER:
-            raise CheckpointProblem(str(told))
+            raise CheckpointProblem(f"{told}; {self._what_is_kept()}")
         if told and self.mesh.world.rank == 0:
             logger.error("%s; training goes on", told)
         return self.config.output / name if self.mesh.world.rank == 0 else None
+
+    def _what_is_kept(self) -> str:
+        """After the adapter could not be written: a checkpoint from which it can be, made now if there is none."""
+        if not self.config.save_every:
+            self._save()
+        kept = checkpoints(self.config.output / CHECKPOINTS)
+        if not kept:
+            return "no checkpoint could be written either: make room, and train again"
+        return f"checkpoint {kept[-1].name} is whole: make room, then go on with --resume"
 
     def _log_start(self) -> None:
         total = sum_numbers([_share_counted_once(self.model, self.mesh)], self.mesh.world, self.device)[0]

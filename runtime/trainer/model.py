@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from loaders.progress import progress_bar
-from runtime.distributed.mesh import Mesh
+from runtime.distributed.mesh import Mesh, together
 from runtime.layers.placement import Placement
 from runtime.models.deepseek.config import DeepseekConfig
 from runtime.ops.base import make_ops
@@ -78,10 +78,10 @@ def prepare_model(
     resumed: RunState | None,
 ) -> TrainedModel:
     """Build and fill the stage; the experts of a resumed run are those that it chose at its start."""
-    check_base_fits(config, base)
     stage = build_stage(config, base, mesh, device)
     with progress_bar("loading the base") as progress:
-        load_stage(stage, config.model, progress if mesh.world.rank == 0 else None)
+        shown = progress if mesh.world.rank == 0 else None
+        together(lambda: load_stage(stage, config.model, shown), mesh.world)
     stage.train()
     experts: Mapping[int, tuple[int, ...]] | None = resumed.experts if resumed is not None else None
     if resumed is None and config.selection is not None:

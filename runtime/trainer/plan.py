@@ -17,6 +17,7 @@ from runtime.trainer.step_data import row_width
 from runtime.trainer.targets import is_routed, resolve_targets
 
 _ROW_SPLIT = ("o_proj", "down_proj")
+_SPLIT = ("_proj.weight", "embed_tokens.weight", "lm_head.weight")
 _REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa")
 
 
@@ -110,7 +111,7 @@ def _stage_info(
 
 
 def _base_parameters_of(base: DeepseekConfig, config: TrainConfig, stage: int, layers: range) -> int:
-    """Frozen parameters on one process of a stage."""
+    """Frozen parameters on one process of a stage; a tied head is a second copy of the embedding, in the last one."""
     parallel = config.parallel
     prefixes = tuple(f"model.layers.{layer}." for layer in layers)
     total = 0
@@ -123,7 +124,9 @@ def _base_parameters_of(base: DeepseekConfig, config: TrainConfig, stage: int, l
         size = math.prod(shape)
         if ".mlp.experts." in name:
             size //= parallel.expert_size
-        elif (name.endswith("_proj.weight") and not any(leaf in name for leaf in _REPLICATED)) or is_outer:
+        elif name.endswith(_SPLIT) and not any(leaf in name for leaf in _REPLICATED):
             size //= parallel.tp
         total += size
+    if base.tie_word_embeddings and stage == parallel.pp - 1:
+        total += base.vocab_size * base.hidden_size // parallel.tp
     return total

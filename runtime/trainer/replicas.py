@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -29,16 +30,15 @@ def check_replicas(parameters: Sequence[LoraParameter], mesh: Mesh, step: int) -
         dist.all_reduce(low, dist.ReduceOp.MIN, group=group.handle)
         dist.all_reduce(high, dist.ReduceOp.MAX, group=group.handle)
         differing = (low != high).nonzero().squeeze(1).tolist()
-        for index in differing[:MAX_NAMED]:
-            values = gather_objects(int(sums_P[index]), group)
+        sums = gather_objects([int(sums_P[index]) for index in differing], group) if differing else []
+        for index, values in zip(differing, zip(*cast(list[list[int]], sums), strict=True), strict=True):
             odd = [rank for rank, value in zip(group.ranks, values, strict=True) if value != values[0]]
             problems.append(f"{members[index].name} on process {_listed(odd)} differs from process {group.ranks[0]}")
-        if len(differing) > MAX_NAMED:
-            problems.append(f"{len(differing) - MAX_NAMED} more factors")
-    everyone = gather_objects(problems, mesh.world)
-    found = sorted({problem for others in everyone for problem in others})  # type: ignore[attr-defined]
+    everyone = cast(list[list[str]], gather_objects(problems, mesh.world))
+    found = sorted({problem for others in everyone for problem in others})
     if found:
-        raise ReplicasDiffer(f"step {step}: replicas of the adapter differ, the run is stopped: " + "; ".join(found))
+        named = found[:MAX_NAMED] + ([f"and {len(found) - MAX_NAMED} more"] if len(found) > MAX_NAMED else [])
+        raise ReplicasDiffer(f"step {step}: replicas of the adapter differ, the run is stopped: " + "; ".join(named))
 
 
 def sum_gradients(parameters: Sequence[LoraParameter], mesh: Mesh) -> None:

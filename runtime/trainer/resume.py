@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from runtime.trainer.checkpoint import CheckpointProblem, RunState, checkpoints
 from runtime.trainer.config import TrainConfig
 from runtime.trainer.config_file import as_plain
-from runtime.trainer.results import CHECKPOINTS
+from runtime.trainer.output import CHECKPOINTS
 
 LATEST = "latest"
 # What does not change the result of a run; everything else must be as it was.
@@ -48,6 +49,20 @@ def check_same_run(config: TrainConfig, resumed: RunState) -> None:
     if changed:
         raise CheckpointProblem(
             "the run cannot go on with other settings: " + "; ".join(changed) + "; set them back, or start a new run"
+        )
+
+
+def check_same_inputs(config: TrainConfig, now: Mapping[str, str], before: Mapping[str, str]) -> None:
+    """Raises CheckpointProblem naming the data or base that is not the one of the checkpoint."""
+    where = {"data.train": config.data.train, "data.eval": config.data.eval, "model": (config.model,)}
+    differing = {name for name in now if now[name] != before.get(name)}
+    if "data.eval" in differing and not config.data.eval:  # a part of the training data was split off
+        differing = differing - {"data.eval"} | {"data.train"}
+    changed = [f"{name} ({', '.join(map(str, where[name]))})" for name in sorted(differing)]
+    if changed:
+        raise CheckpointProblem(
+            f"the run cannot go on: {' and '.join(changed)} is not what it was trained with; "
+            "put that back, or start a new run in another output"
         )
 
 

@@ -63,7 +63,10 @@ class DeepseekConfig:
         """Read `model_dir`/config.json; raises ValueError naming each key that is missing or not supported."""
         raw = read_config(model_dir)
         config = cls(**_fields(raw, model_dir))
-        config.validate()
+        try:
+            config.validate()
+        except ValueError as cause:
+            raise ValueError(f"{model_dir}/{cause}") from None
         return config
 
     def validate(self) -> None:

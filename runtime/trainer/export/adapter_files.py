@@ -19,7 +19,7 @@ from torch import Tensor
 from loaders.adapter_folder import CONFIG_FILE, SINGLE_FILE
 from loaders.adapter_types import AdapterTargets, LoraPair
 from runtime.trainer.config import EXPORT_FORMATS
-from runtime.trainer.export.folder import replacing_folder
+from runtime.trainer.export.folder import check_replaceable, replacing_folder
 from runtime.trainer.export.layouts import (
     PROJECTIONS,
     Experts,
@@ -36,6 +36,7 @@ from runtime.trainer.export.safetensors_writer import write_safetensors
 from runtime.trainer.export.uniform import uniform_of
 
 CARD_FILE = "README.md"
+_OWN_FILES = (CONFIG_FILE, SINGLE_FILE, CARD_FILE)
 ADAPTER_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 _LAYOUT_NOTES = {
     "per-expert": {"layout": "per-expert 2-D", "rank": "per expert and projection"},
@@ -89,12 +90,17 @@ def write_adapter(
     config = make_config(linears, experts, targets, uniform, options.base_name)
     metadata = {"format": "pt"} | _LAYOUT_NOTES[options.format] | dict(options.metadata)
     texts = {CONFIG_FILE: json.dumps(config, indent=2) + "\n"} | ({} if card is None else {CARD_FILE: card})
-    with replacing_folder(path, (CONFIG_FILE, SINGLE_FILE, CARD_FILE)) as folder:
+    with replacing_folder(path, _OWN_FILES) as folder:
         headers = [tensor.header for tensor in tensors]
         num_bytes = write_safetensors(folder / SINGLE_FILE, headers, _made(tensors), metadata)
         for name, text in texts.items():
             num_bytes += (folder / name).write_bytes(text.encode())
     return num_bytes
+
+
+def check_adapter_folder(path: Path) -> None:
+    """Raises ValueError if `write_adapter` would refuse `path`, because something else lies there."""
+    check_replaceable(path.resolve(), _OWN_FILES)
 
 
 def export_notes(linears: Linears, experts: Experts, targets: AdapterTargets, options: ExportOptions) -> list[str]:

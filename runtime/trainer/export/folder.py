@@ -28,14 +28,14 @@ def replacing_folder(path: Path, own_files: Collection[str] = ()) -> Iterator[Pa
     Raises ValueError if `path` may not be replaced, WriteError if writing fails.
     """
     path = path.resolve()  # of a link, what it points to
-    _check_replaceable(path, own_files)
+    check_replaceable(path, own_files)
     partial = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
         _force_to_disk(partial)
-        _move_into_place(partial, path)
+        move_into_place(partial, path)
     except OSError as cause:
         reason = cause.strerror or str(cause)
         state = "the folder that was there is unchanged" if path.exists() else "nothing was left there"
@@ -46,7 +46,8 @@ def replacing_folder(path: Path, own_files: Collection[str] = ()) -> Iterator[Pa
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_replaceable(path: Path, own_files: Collection[str]) -> None:
+def check_replaceable(path: Path, own_files: Collection[str]) -> None:
+    """Raises ValueError if `path` is a file, or a folder that holds anything but `own_files`."""
     if not path.exists():
         return
     if not path.is_dir():
@@ -71,7 +72,8 @@ def _fsync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def _move_into_place(partial: Path, path: Path) -> None:
+def move_into_place(partial: Path, path: Path) -> None:
+    """Rename a whole folder to `path`, lastingly; a folder that was there may then lie at `partial`, to be removed."""
     if path.exists() and not _exchange(partial, path):
         # Without an exchange there is a moment without `path`; the old folder then lies beside it, whole.
         old = partial.with_suffix(".old")

@@ -11,6 +11,21 @@ from tests.oracle.base_models import Oracle, build_oracle
 from tests.oracle.shapes import V3
 
 IDLE_EXPERT = 5
+# Everything that could depend on the layout and must not.
+OPTIONS: dict[str, Any] = {
+    "lora": {
+        "targets": ["all-linear"],
+        "rank": 4,
+        "rslora": True,
+        "dropout": 0.2,
+        "init": "xavier",
+        "patterns": {"o_proj": {"rank": 3, "alpha": 9.0}, "shared_experts": {"rank": 8}},
+    },
+    "routing": {"aux_loss": 0.5, "capacity_factor": 1.0, "overflow": "reroute"},
+    "selection": {"by": "token_share", "threshold": 0.6, "sample_rows": 7},
+    "optimizer": {"lr": 1e-3, "clip_norm": 1.0, "eps": 1e-6, "lora_plus_ratio": 4.0, "schedule": "linear"},
+    "activation_checkpointing": True,
+}
 
 
 def build_base(path: Path) -> Oracle:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import RecordNumber
-from tests.trainer.parallel.base import build_base, plain_config
+from tests.trainer.parallel.base import OPTIONS, build_base, plain_config
 from tests.trainer.parallel.launch import logs, run_job
 from tests.trainer.parallel.worker import Run
 
@@ -21,21 +21,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2xDP2": {"tp": 2, "dp": 2},
     "TP2xDP2, EP4": {"tp": 2, "dp": 2, "ep": 4},
     "PP2xEP2": {"pp": 2, "dp": 2, "ep": 2, "layers": [1, 2]},
-}
-# Everything that could depend on the layout and must not.
-OPTIONS: dict[str, Any] = {
-    "lora": {
-        "targets": ["all-linear"],
-        "rank": 4,
-        "rslora": True,
-        "dropout": 0.2,
-        "init": "xavier",
-        "patterns": {"o_proj": {"rank": 3, "alpha": 9.0}, "shared_experts": {"rank": 8}},
-    },
-    "routing": {"aux_loss": 0.5, "capacity_factor": 1.0, "overflow": "reroute"},
-    "selection": {"by": "token_share", "threshold": 0.6, "sample_rows": 8},
-    "optimizer": {"lr": 1e-3, "clip_norm": 1.0, "eps": 1e-6, "lora_plus_ratio": 4.0, "schedule": "linear"},
-    "activation_checkpointing": True,
 }
 WITH_OPTIONS = ("TP2", "EP2", "TP2xPP2", "TP2xDP2, EP4", "PP2xEP2")
 

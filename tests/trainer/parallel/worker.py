@@ -26,6 +26,7 @@ from runtime.trainer.initialise import distribute, draw
 from runtime.trainer.loop import RunData, Training
 from runtime.trainer.mesh_shape import mesh_shape
 from runtime.trainer.parameters import Side
+from tests.trainer.parallel.faults import fault_after_step, fault_at_start
 
 NUM_DOCUMENTS = 40
 VOCAB_SIZE = 320
@@ -34,12 +35,18 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Run:
-    """`config`: a TrainConfig in plain form. `output`: a file for the result of process 0, or its error."""
+    """`config`: a TrainConfig in plain form. `output`: a file for the result of process 0.
+
+    `fault`: what goes wrong in it, by its name in `faults`. `fails`: the run must end with an error, which each process
+    writes beside `output`.
+    """
 
     config: dict[str, Any]
     output: str
     resume: str | None = None
     stop_after: int | None = None
+    fault: str | None = None
+    fails: bool = False
 
 
 def documents(seed: int, longest: int) -> list[Document]:
@@ -78,7 +85,8 @@ def result_of(run: Run, training: Training, mesh: Mesh, evaluate: Callable[[Trai
     losses = []
     while training.step < num_steps:
         losses.append(training.train_step())
-        training.after_step()
+        with fault_after_step(run.fault, training):
+            training.after_step()
     adapter = gather_adapter(training.model.parameters, mesh)
     scores = evaluate(training)
     if adapter is not None:
@@ -99,8 +107,18 @@ def _scores(training: Training) -> dict[str, float]:
     return {"loss": found.loss, "exact_match": found.exact_match, "documents": found.num_documents}
 
 
+def carry_out(run: Run, mesh: Mesh) -> None:
+    """The whole run, in this process's part."""
+    with fault_at_start(run.fault):
+        training = start_training(run, mesh)
+    try:
+        result_of(run, training, mesh, _scores)
+    finally:
+        training.report.close()
+
+
 def main(job: Path) -> int:
-    """Run all; an error of a run is its result, and ends the job."""
+    """Run all; an error of a run is its result, and ends the job unless the run is meant to fail."""
     torch.set_num_threads(1)
     rank, world_size, _ = process_rank()
     start_processes(CPU, rank, world_size, timeout_seconds=120)
@@ -109,14 +127,11 @@ def main(job: Path) -> int:
             run = Run(**raw)
             mesh = make_mesh(mesh_shape(from_plain(run.config, "job").parallel), rank)
             try:
-                training = start_training(run, mesh)
-                try:
-                    result_of(run, training, mesh, _scores)
-                finally:
-                    training.report.close()
+                carry_out(run, mesh)
             except (ValueError, RuntimeError) as error:
                 Path(f"{run.output}.error.{rank}").write_text(f"{type(error).__name__}: {error}")
-                return 1
+                if not run.fails:
+                    return 1
             barrier(mesh.world)
     finally:
         stop_processes()

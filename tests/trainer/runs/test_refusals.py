@@ -1,0 +1,235 @@
+"""What cannot be run is refused before anything is trained: no traceback, one message that says what to change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from runtime.trainer.__main__ import train
+from tests.trainer.runs.demo import MODEL, Graft, Said, finish, start, write_config
+
+
+def check_one_message(said: Said, *words: str) -> None:
+    assert said.status == 1, said.err
+    assert len(said.messages) == 1, said.err
+    assert "Traceback" not in said.err and "Traceback" not in said.out
+    for word in words:
+        assert word in said.err, said.err
+
+
+# --set arguments, and what the message must name.
+SETTINGS: dict[str, tuple[list[str], list[str]]] = {
+    "an unknown key": (["lora.rnk=8"], ["lora.rnk is not a setting, did you mean rank?"]),
+    "a wrong type": (["steps=many"], ["steps = 'many' must be a whole number"]),
+    "two problems at once": (["steps=many", "seed=x"], ["steps = 'many'", "seed = 'x'"]),
+    "a value out of range": (["lora.rank=1000"], ["lora.rank = 1000 is not allowed: 0..512"]),
+    "no key": (["=5"], ["expected KEY=VALUE"]),
+    "a key below a value": (["steps.x=5"], ["steps is not a group of keys"]),
+    "steps and epochs": (["epochs=1"], ["steps, epochs", "exactly one of the two"]),
+    "nan": (["optimizer.lr=.nan"], ["optimizer.lr = nan is not allowed: above 0"]),
+    "a model that is not there": (["model=/nowhere"], ["model = '/nowhere'", "an existing folder"]),
+    "data that is not there": (["data.train=[/nowhere.jsonl]"], ["data.train = '/nowhere.jsonl'"]),
+    "an unknown device": (["device=tpu"], ["device = 'tpu' is not allowed: one of cpu, cuda, npu"]),
+    "an unknown target": (["lora.targets=[flux_capacitor]"], ["flux_capacitor"]),
+    "nothing to train": (["lora.rank=0"], ["lora"]),
+    "tp that does not divide the heads": (["parallel.tp=4"], ["parallel.tp = 4 does not divide", "6 attention heads"]),
+    "tp that does not divide the experts": (["parallel.tp=3"], ["parallel.tp = 3 does not divide", "vocabulary"]),
+    "ep that does not divide the mesh": (["parallel.ep=3"], ["parallel.ep = 3", "divides dp x tp"]),
+    "more stages than layers": (["parallel.pp=5", "batch_rows=5"], ["5", "4 layers"]),
+    "layers that do not add up": (["parallel.pp=2", "parallel.layers=[1, 2]"], ["4"]),
+    "rows that do not divide": (["parallel.dp=2", "batch_rows=3"], ["batch_rows = 3", "micro_batch_rows x dp (2)"]),
+    "stages without work": (["parallel.pp=4", "batch_rows=2"], ["batch_rows = 2", "so that every pipeline stage has"]),
+    "rows longer than positions": (["data.max_length=1000000"], ["beyond the base's 163840 positions"]),
+    "selection without experts": (["lora.targets=[o_proj]", "selection.threshold=0.5"], ["selection", "add experts"]),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_cannot_be_used_are_named(graft: Graft, tmp_path: Path, rows: Path, name: str) -> None:
+    """Through --dry-run where several processes would be started: it reads the base and refuses what they would."""
+    changes, words = SETTINGS[name]
+    config = write_config(tmp_path / "run.yaml", rows, tmp_path / "out")
+    several = any(change.startswith("parallel.") for change in changes)
+    flags = ["--dry-run"] if several else []
+    said = graft("train", config, *flags, *[f"--set={change}" for change in changes])
+    check_one_message(said, *words)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps: [1", "cannot be read as YAML"),
+        ("just a text", "expected keys and values at the top"),
+        ("", "expected keys and values at the top"),
+        ("\0\1", "cannot be read as YAML"),
+        ("steps: 5", "model is missing; output is missing; data is missing"),
+        ("model: x\noutput: y\ndata: {train: []}\nsteps: 1", "model = 'x' is not allowed"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(graft: Graft, tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    check_one_message(graft("train", path), str(path), words)
+
+
+def test_a_configuration_that_is_not_there_is_named(graft: Graft, tmp_path: Path) -> None:
+    check_one_message(graft("train", tmp_path / "none.yaml"), f"{tmp_path}/none.yaml: cannot be read", "No such file")
+    check_one_message(graft("train", tmp_path), f"{tmp_path}: cannot be read", "Is a directory")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"prompt": "a"}\n', ":1: "),
+        ('{"prompt": "a", "completion": "b"}\nnot json\n', ":2: "),
+        ('{"prompt": "a", "completion": 5}\n', ":1: "),
+        ("[1]\n", ":1: "),
+        ("", "no rows"),
+        ("\n\n", "no rows"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named_by_line(graft: Graft, tmp_path: Path, text: str, words: str) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text(text)
+    check_one_message(graft("train", write_config(tmp_path / "run.yaml", data, tmp_path / "out")), str(data), words)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda base: (base / name).unlink()
+
+
+def set_config(**changes: object) -> Callable[[Path], None]:
+    def change(base: Path) -> None:
+        path = base / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def truncate_weights(base: Path) -> None:
+    content = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(content[:-1000])
+
+
+def drop_a_tensor(base: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.2.mlp.experts.7.up_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_garbage(name: str) -> Callable[[Path], None]:
+    return lambda base: (base / name).write_text('{"a": ') and None
+
+
+BASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "no config.json": (remove("config.json"), ["config.json"]),
+    "garbage in config.json": (write_garbage("config.json"), ["config.json"]),
+    "another architecture": (set_config(model_type="llama", architectures=["LlamaForCausalLM"]), ["llama"]),
+    "another size": (set_config(hidden_size=128), ["192", "128"]),
+    "more layers than weights": (set_config(num_hidden_layers=5), ["model.layers.4."]),
+    "no tokenizer": (remove("tokenizer.json"), ["tokenizer.json"]),
+    "garbage in the tokenizer": (write_garbage("tokenizer.json"), ["the tokenizer cannot be loaded"]),
+    "no weights": (remove("model.safetensors"), ["safetensors"]),
+    "truncated weights": (truncate_weights, ["model.safetensors"]),
+    "a missing tensor": (drop_a_tensor, ["model.layers.2.mlp.experts.7.up_proj.weight"]),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_that_cannot_be_used_is_named(graft: Graft, tmp_path: Path, rows: Path, name: str) -> None:
+    damage, words = BASES[name]
+    base = tmp_path / "base"
+    shutil.copytree(MODEL, base)
+    damage(base)
+    said = graft("train", write_config(tmp_path / "run.yaml", rows, tmp_path / "out", model=str(base)))
+    check_one_message(said, str(base), *words)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_base_is_read(
+    graft: Graft, tmp_path: Path, rows: Path
+) -> None:
+    config = write_config(tmp_path / "run.yaml", rows, Path("/proc/out"))
+    check_one_message(graft("train", config), "output = '/proc/out': cannot be written", "choose another output")
+    config = write_config(tmp_path / "run.yaml", rows, rows / "out")
+    check_one_message(graft("train", config), f"output = '{rows}/out': cannot be written (Not a directory)")
+
+
+def test_an_adapter_folder_with_other_files_is_refused_before_training(
+    graft: Graft, tmp_path: Path, rows: Path
+) -> None:
+    notes = tmp_path / "out" / "adapter" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    said = graft("train", write_config(tmp_path / "run.yaml", rows, tmp_path / "out"))
+    check_one_message(said, "notes.txt, which would be lost")
+    assert notes.read_text() == "mine" and not (tmp_path / "out" / "log.jsonl").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this host has what the test needs to lack")
+def test_a_device_that_is_not_there_is_named(graft: Graft, tmp_path: Path, rows: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", rows, tmp_path / "out")
+    check_one_message(graft("train", config, "--set", "device=cuda"), "device = 'cuda'", "no CUDA device")
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_leave_the_checkpoints(
+    graft: Graft, tmp_path: Path, rows: Path
+) -> None:
+    changes = {"optimizer": {"lr": 1e30, "schedule": "constant", "clip_norm": None}, "save_every": 1}
+    said = graft("train", write_config(tmp_path / "run.yaml", rows, tmp_path / "out", **changes))
+    check_one_message(said, "the gradients are not finite", "lower optimizer.lr", "the newest checkpoint is step-")
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_publishing_needs_an_address_and_a_name(graft: Graft, tmp_path: Path, rows: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", rows, tmp_path / "out")
+    for flags in (["--publish", "127.0.0.1:1"], ["--name", "mine"]):
+        check_one_message(graft("train", config, *flags), "--publish HOST:PORT and --name NAME go together")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "3"}, ["3 processes were started, but pp x dp x tp = 1 x 2 x 2 needs 4"]),
+        ({}, ["1 process was started, but pp x dp x tp = 1 x 2 x 2 needs 4"]),
+        ({"RANK": "x", "WORLD_SIZE": "4"}, ["RANK = 'x' is no number"]),
+        ({"RANK": "4", "WORLD_SIZE": "4"}, ["RANK = 4, WORLD_SIZE = 4"]),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, ["MASTER_ADDR"]),
+    ],
+)
+def test_a_wrong_number_of_processes_is_refused_without_waiting_for_them(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    rows: Path,
+    environment: dict[str, str],
+    words: list[str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = write_config(tmp_path / "run.yaml", rows, tmp_path / "out", parallel={"tp": 2, "dp": 2}, batch_rows=4)
+    status = train(config, [], None)
+    check_one_message(Said(status, *capfd.readouterr()), *words)
+
+
+def test_the_command_as_a_process_of_its_own_ends_with_one_line(tmp_path: Path, rows: Path) -> None:
+    path = write_config(tmp_path / "run.yaml", rows, tmp_path / "out")
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"stepz": 3}))
+    said = finish(start("runtime.cli", "train", path))
+    assert said.status == 1 and said.out == ""
+    assert said.err == f"graft: {path}: stepz is not a setting, did you mean steps?\n"
+
+
+def test_of_several_processes_one_tells_what_all_met(tmp_path: Path) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 7}\n')
+    config = write_config(tmp_path / "run.yaml", data, tmp_path / "out", parallel={"dp": 2})
+    check_one_message(finish(start("runtime.cli", "train", config)), f"{data}:2: ")

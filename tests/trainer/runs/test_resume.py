@@ -1,0 +1,120 @@
+"""A run that was killed goes on as if it had not been: the same losses, the same adapter to the byte."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from runtime.trainer.checkpoint import checkpoints
+from tests.server.live import eventually
+from tests.trainer.runs.demo import (
+    NUM_STEPS,
+    OPTIONS,
+    Graft,
+    adapter_bytes,
+    finish,
+    log_lines,
+    losses,
+    start,
+    write_config,
+)
+
+
+def compare(unbroken: Path, resumed: Path) -> None:
+    assert losses(resumed) == losses(unbroken)
+    assert [step for step, _, _ in losses(resumed)] == list(range(1, NUM_STEPS + 1)), "each step has one line"
+    scores = [[(line["step"], line["loss"]) for line in log_lines(o, "eval")] for o in (resumed, unbroken)]
+    assert scores[0] == scores[1] and scores[0]
+    assert adapter_bytes(resumed) == adapter_bytes(unbroken)
+    assert adapter_bytes(resumed, "adapter-best") == adapter_bytes(unbroken, "adapter-best")
+
+
+def unbroken_run(graft: Graft, tmp_path: Path, rows: Path, **changes: Any) -> Path:
+    output = tmp_path / "unbroken"
+    said = graft("train", write_config(tmp_path / "unbroken.yaml", rows, output, **changes))
+    assert said.status == 0, said.err
+    return output
+
+
+def test_a_run_killed_after_a_checkpoint_goes_on_as_if_it_had_not_been(
+    graft: Graft, tmp_path: Path, rows: Path
+) -> None:
+    unbroken = unbroken_run(graft, tmp_path, rows)
+    output = tmp_path / "killed"
+    config = write_config(tmp_path / "killed.yaml", rows, output)
+    process = start("runtime.trainer", config)
+    assert eventually(lambda: bool(checkpoints(output / "checkpoints")) or process.poll() is not None, 120)
+    process.kill()
+    assert finish(process).status == -signal.SIGKILL and not (output / "adapter").exists()
+    said = graft("train", config, "--resume")
+    assert said.status == 0, said.err
+    compare(unbroken, output)
+
+
+def test_a_run_killed_while_it_wrote_a_checkpoint_goes_on_from_the_one_before_with_every_option(
+    graft: Graft, tmp_path: Path, rows: Path
+) -> None:
+    unbroken = unbroken_run(graft, tmp_path, rows, **OPTIONS)
+    output = tmp_path / "killed"
+    config = write_config(tmp_path / "killed.yaml", rows, output, **OPTIONS)
+    died = finish(start("tests.trainer.runs.dying", 4, config))
+    assert died.status == -signal.SIGKILL, died.err
+    folder = output / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == [".step-00000004.partial", "step-00000002"]
+    assert losses(output)[-1][0] == 4, "the log is ahead of the checkpoint"
+    said = graft("train", config, "--resume")
+    assert said.status == 0, said.err
+    compare(unbroken, output)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_a_finished_run_that_is_resumed_writes_its_adapter_again(graft: Graft, tmp_path: Path, rows: Path) -> None:
+    output = unbroken_run(graft, tmp_path, rows, **OPTIONS)
+    before, lines = adapter_bytes(output), losses(output)
+    (output / "adapter" / "adapter_model.safetensors").unlink()
+    assert graft("train", tmp_path / "unbroken.yaml", "--resume").status == 0
+    assert adapter_bytes(output) == before and losses(output) == lines
+
+
+def test_going_back_to_an_earlier_checkpoint_gives_up_the_later_ones(graft: Graft, tmp_path: Path, rows: Path) -> None:
+    output = unbroken_run(graft, tmp_path, rows, save_every=1, keep_checkpoints=9)
+    before = adapter_bytes(output)
+    said = graft("train", tmp_path / "unbroken.yaml", "--resume", "step-00000002", "--set", "save_every=4")
+    assert said.status == 0, said.err
+    assert adapter_bytes(output) == before and len(losses(output)) == NUM_STEPS
+    names = [path.name for path in checkpoints(output / "checkpoints")]
+    assert names == [f"step-{step:08d}" for step in (1, 2, 3, 4, 6)], "step 5 is of the run that was given up"
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(graft: Graft, tmp_path: Path, rows: Path) -> None:
+    """A learning rate that is far too high makes the first evaluation the best."""
+    output = unbroken_run(
+        graft, tmp_path, rows, save_every=1, eval_every=1, keep_checkpoints=1,
+        optimizer={"lr": 0.5, "schedule": "constant", "warmup_steps": 0},
+    )  # fmt: skip
+    scores = {line["step"]: line["loss"] for line in log_lines(output, "eval")}
+    best = min(scores, key=lambda step: scores[step])
+    assert best < NUM_STEPS
+    names = [path.name for path in checkpoints(output / "checkpoints")]
+    assert names == [f"step-{best:08d}", f"step-{NUM_STEPS:08d}"]
+
+
+def test_when_one_of_two_processes_is_killed_the_whole_run_ends_with_a_sentence(tmp_path: Path, rows: Path) -> None:
+    output = tmp_path / "out"
+    config = write_config(tmp_path / "run.yaml", rows, output, steps=10_000, save_every=1, parallel={"dp": 2})
+    process = start("runtime.cli", "train", config)
+    try:
+        assert eventually(lambda: bool(checkpoints(output / "checkpoints")) or process.poll() is not None, 120)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        said = finish(process, 60)
+    finally:
+        process.kill()
+    assert said.status == 1 and "Traceback" not in said.err
+    assert "graft train: process 1 was ended by signal 9 (Killed); --resume goes on from the newest checkpoint" in (
+        said.messages
+    )
+    assert len(said.messages) <= 2, said.messages
+    assert all(path.name.startswith("step-") for path in checkpoints(output / "checkpoints"))
