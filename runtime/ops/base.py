@@ -8,12 +8,15 @@ slots; a group's weight [K, N] is stored as J panels of W columns each, N = J W.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from runtime.ops import reference
+
+T = TypeVar("T")
 
 
 class Ops(ABC):
@@ -23,6 +26,14 @@ class Ops(ABC):
     """
 
     lora_rank_multiple = 1
+
+    def shares(self, counts_G: Tensor) -> list[tuple[slice, slice]]:
+        """(groups, rows) of the parts that `side_by_side` gains by; all in one has rows to the end, None."""
+        return [(slice(0, len(counts_G)), slice(0, None))]
+
+    def side_by_side(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """The results of independent tasks without gradients, at the same time where the device gains by it."""
+        return [task() for task in tasks]
 
     def panel_columns(self, num_columns: int, num_parts: int = 1) -> int:
         """Columns W of one panel of a grouped weight: all of them, unless a device gains by less.

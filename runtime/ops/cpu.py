@@ -8,14 +8,14 @@ rows), reads each row once and needs no call per group. Larger groups go through
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from runtime.ops import reference
-from runtime.ops.base import Ops
+from runtime.ops import cpu_threads, reference
+from runtime.ops.base import Ops, T
 from runtime.ops.cpu_attention import causal_attention
 
 # Rows per group up to which embedding_bag beats matmuls, looped or batched (`benchmarks/grouped_products.py`).
@@ -25,11 +25,23 @@ MAX_PANEL_COLUMNS = 256
 # oneDNN compiles and caches a kernel for each number of rows: milliseconds and half a megabyte for each.
 ROW_MULTIPLE = 16
 ROWS_IN_CACHE = 128
+MIN_ROWS_OF_SHARES = 1024
 TRAINING_ROW_MULTIPLE = 8  # groups are larger and kernels used for hours, so computing fewer rows twice counts more
 
 
 class CpuOps(Ops):
     """Grouped products chosen by the number of rows per group."""
+
+    def shares(self, counts_G: Tensor) -> list[tuple[slice, slice]]:
+        """See `Ops.shares`: one for each core, once there are many rows."""
+        counts = counts_G.tolist()
+        if cpu_threads.num_threads() == 1 or sum(counts) < MIN_ROWS_OF_SHARES:
+            return super().shares(counts_G)
+        return cpu_threads.equal_shares(counts, cpu_threads.num_threads())
+
+    def side_by_side(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """See `Ops.side_by_side`."""
+        return cpu_threads.side_by_side(tasks)
 
     def panel_columns(self, num_columns: int, num_parts: int = 1) -> int:
         """See `Ops.panel_columns`: as many as embedding_bag sums in registers, so that it streams through memory."""

@@ -7,7 +7,9 @@ G adapted ones, H hidden, I expert width, R LoRA rank, K choices of a row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,7 +26,8 @@ class ExpertRows:
 
     `token_of_M`: the input row of each routed row. `places_TK`: the routed rows of each input row, M where a choice is
     computed elsewhere or dropped. `counts_E`: routed rows of each local expert.
-    `rows_L`: the routed rows of adapted experts (None: all), `counts_G`: how many of them each adapted expert has.
+    `rows_L`: the routed rows of adapted experts (None: all), `counts_G`: how many of them each adapted expert has,
+    `adapted_G`: which of the local experts those are.
     `ids_M`: the place in the run of each routed row, for dropout.
     """
 
@@ -34,6 +37,7 @@ class ExpertRows:
     rows_L: Tensor | None
     counts_G: Tensor
     ids_M: Tensor | None = None
+    adapted_G: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -164,60 +168,139 @@ class _Adapted:
             y_MN.index_add_(0, self.rows.rows_L, delta_LN)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Consecutive experts with their rows, computed on their own; `gates` in the compute dtype, [M, 1]."""
+
+    base: BaseExperts
+    rows: ExpertRows
+    gates: Tensor
+    first: _Adapted | None
+    second: _Adapted | None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a part keeps for backward."""
+
+    gate_up: Tensor
+    shrunk13: Tensor | None
+    shrunk2: Tensor | None
+
+
 class _RoutedExperts(torch.autograd.Function):
     """Gates are applied to the inner activations, so no gradient needs the output once more."""
 
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, gates_M: Tensor, *rest: Any) -> Tensor:
         *tensors, base, factors, rows = rest
-        first, second = _both(tensors, base, factors, rows, x_TH.dtype)
-        x_MH = x_TH.index_select(0, rows.token_of_M)
-        gate_up = base.ops.grouped_matmul(x_MH, _transposed(base.w13), rows.counts_E)
-        shrunk13 = shrunk2 = None
-        if first is not None:
-            shrunk13 = first.shrink(x_MH)
-            first.expand_add_(gate_up, shrunk13)
-        del x_MH
-        inner_MI = base.ops.swiglu(gate_up).mul_(gates_M[:, None].to(x_TH.dtype))
-        y_MH = base.ops.grouped_matmul(inner_MI, _transposed(base.w2), rows.counts_E)
-        if second is not None:
-            shrunk2 = second.shrink(inner_MI)
-            second.expand_add_(y_MH, shrunk2)
-        ctx.save_for_backward(x_TH, gates_M, gate_up, shrunk13, shrunk2, *tensors)
+        parts = _parts(x_TH, gates_M, tensors, base, factors, rows)
+        results = base.ops.side_by_side([partial(_forward_part, x_TH, part) for part in parts])
+        kept = [tensor for _, part in results for tensor in (part.gate_up, part.shrunk13, part.shrunk2)]
+        ctx.save_for_backward(x_TH, gates_M, *tensors, *kept)
         ctx.base, ctx.factors, ctx.rows = base, factors, rows
-        return _sum_of_places(y_MH, rows.places_TK)
+        return _sum_of_places(torch.cat([y_MH for y_MH, _ in results]), rows.places_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x_TH, gates_M, gate_up, shrunk13, shrunk2, *tensors = ctx.saved_tensors
-        base, rows = ctx.base, ctx.rows
-        first, second = _both(tensors, base, ctx.factors, rows, x_TH.dtype)
-        grad_y_MH = grads[0].index_select(0, rows.token_of_M)
-        grad_inner = base.ops.grouped_matmul(grad_y_MH, base.w2[:, None], rows.counts_E)
-        gates = gates_M[:, None].to(x_TH.dtype)
-        grads2: tuple[Tensor | None, ...] = (None, None)
-        inner = base.ops.swiglu(gate_up)
-        if second is not None:
-            grads2 = second.backward(grad_y_MH, inner * gates, shrunk2, grad_inner)
-        del grad_y_MH
-        grad_gates = torch.linalg.vecdot(inner, grad_inner).to(gates_M.dtype)
-        del inner
-        grad_gate_up = base.ops.swiglu_backward(gate_up, grad_inner.mul_(gates))
-        del grad_inner
-        # Below the first adapted layer nothing wants a gradient, and the largest product of all can be left out.
-        grad_x_MH = grad_x_TH = None
-        if ctx.needs_input_grad[0]:
-            grad_x_MH = base.ops.grouped_matmul(grad_gate_up, base.w13[:, None], rows.counts_E)
-        grads13: tuple[Tensor | None, ...] = (None, None)
-        if first is not None:
-            grads13 = first.backward(grad_gate_up, x_TH.index_select(0, rows.token_of_M), shrunk13, grad_x_MH)
-        if grad_x_MH is not None:
-            grad_x_TH = _sum_of_places(grad_x_MH, rows.places_TK)
-        return grad_x_TH, grad_gates, *grads13, *grads2, None, None, None
+        x_TH, gates_M, a13, b13, a2, b2, *flat = ctx.saved_tensors
+        parts = _parts(x_TH, gates_M, [a13, b13, a2, b2], ctx.base, ctx.factors, ctx.rows)
+        kept = [_Kept(*flat[3 * index : 3 * index + 3]) for index in range(len(parts))]
+        wants_x = ctx.needs_input_grad[0]
+        tasks = [
+            partial(_backward_part, x_TH, grads[0], part, own, wants_x) for part, own in zip(parts, kept, strict=True)
+        ]
+        grads_x, grads_gates, *grads_factors = zip(*ctx.base.ops.side_by_side(tasks), strict=True)
+        grad_x_TH = _sum_of_places(torch.cat(grads_x), ctx.rows.places_TK) if wants_x else None
+        joined = [None if ctx.factors is None else torch.cat(parts) for parts in grads_factors]
+        return grad_x_TH, torch.cat(grads_gates).to(gates_M.dtype), *joined, None, None, None
+
+
+def _forward_part(x_TH: Tensor, part: _Part) -> tuple[Tensor, _Kept]:
+    ops, rows = part.base.ops, part.rows
+    x_MH = x_TH.index_select(0, rows.token_of_M)
+    gate_up = ops.grouped_matmul(x_MH, _transposed(part.base.w13), rows.counts_E)
+    shrunk13 = shrunk2 = None
+    if part.first is not None:
+        shrunk13 = part.first.shrink(x_MH)
+        part.first.expand_add_(gate_up, shrunk13)
+    del x_MH
+    inner_MI = ops.swiglu(gate_up).mul_(part.gates)
+    y_MH = ops.grouped_matmul(inner_MI, _transposed(part.base.w2), rows.counts_E)
+    if part.second is not None:
+        shrunk2 = part.second.shrink(inner_MI)
+        part.second.expand_add_(y_MH, shrunk2)
+    return y_MH, _Kept(gate_up, shrunk13, shrunk2)
+
+
+def _backward_part(
+    x_TH: Tensor, grad_out_TH: Tensor, part: _Part, kept: _Kept, wants_x: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x's routed rows, of the gates, and of a13, b13, a2, b2."""
+    base, ops, rows = part.base, part.base.ops, part.rows
+    grad_y_MH = grad_out_TH.index_select(0, rows.token_of_M)
+    grad_inner = ops.grouped_matmul(grad_y_MH, base.w2[:, None], rows.counts_E)
+    inner = ops.swiglu(kept.gate_up)
+    grads2: tuple[Tensor | None, ...] = (None, None)
+    if part.second is not None and kept.shrunk2 is not None:
+        grads2 = part.second.backward(grad_y_MH, inner * part.gates, kept.shrunk2, grad_inner)
+    del grad_y_MH
+    grad_gates = torch.linalg.vecdot(inner, grad_inner)
+    del inner
+    grad_gate_up = ops.swiglu_backward(kept.gate_up, grad_inner.mul_(part.gates))
+    del grad_inner
+    # Below the first adapted layer nothing wants a gradient, and the largest product of all can be left out.
+    grad_x_MH = ops.grouped_matmul(grad_gate_up, base.w13[:, None], rows.counts_E) if wants_x else None
+    grads13: tuple[Tensor | None, ...] = (None, None)
+    if part.first is not None and kept.shrunk13 is not None:
+        x_MH = x_TH.index_select(0, rows.token_of_M)
+        grads13 = part.first.backward(grad_gate_up, x_MH, kept.shrunk13, grad_x_MH)
+    return grad_x_MH, grad_gates, *grads13, *grads2
+
+
+def _parts(
+    x_TH: Tensor,
+    gates_M: Tensor,
+    tensors: Sequence[Tensor],
+    base: BaseExperts,
+    factors: ExpertFactors | None,
+    rows: ExpertRows,
+) -> list[_Part]:
+    """The parts that the device computes side by side; one alone is everything."""
+    parts = []
+    for experts, span in base.ops.shares(rows.counts_E):
+        own_base = BaseExperts(base.w13[experts], base.w2[experts], base.ops)
+        own_rows, adapted = _rows_of_part(rows, experts, span)
+        own_tensors = [tensor if tensor is None else tensor[adapted] for tensor in tensors]
+        first, second = _both(own_tensors, base, factors, own_rows, x_TH.dtype)
+        parts.append(_Part(own_base, own_rows, gates_M[span, None].to(x_TH.dtype), first, second))
+    return parts
+
+
+def _rows_of_part(rows: ExpertRows, experts: slice, span: slice) -> tuple[ExpertRows, slice]:
+    """The rows of some experts, counted from their first, and which of the adapted experts are among them."""
+    ids_M = None if rows.ids_M is None else rows.ids_M[span]
+    token_of_M, counts_E = rows.token_of_M[span], rows.counts_E[experts]
+    if rows.rows_L is None:
+        return ExpertRows(token_of_M, rows.places_TK, counts_E, None, counts_E, ids_M), experts
+    if span == slice(0, None):
+        return rows, slice(0, None)
+    if rows.adapted_G is None:
+        raise RuntimeError("rows of some experts need to say which those are")
+    low, high = _between(rows.rows_L, span)
+    first, stop = _between(rows.adapted_G, experts)
+    rows_L, counts_G = rows.rows_L[low:high] - span.start, rows.counts_G[first:stop]
+    return ExpertRows(token_of_M, rows.places_TK, counts_E, rows_L, counts_G, ids_M), slice(first, stop)
+
+
+def _between(ascending: Tensor, span: slice) -> tuple[int, int]:
+    """The places of an ascending tensor's values that lie in the span."""
+    low, high = torch.searchsorted(ascending, ascending.new_tensor([span.start, span.stop])).tolist()
+    return low, high
 
 
 def _both(
-    tensors: list[Tensor], base: BaseExperts, factors: ExpertFactors | None, rows: ExpertRows, dtype: torch.dtype
+    tensors: Sequence[Tensor], base: BaseExperts, factors: ExpertFactors | None, rows: ExpertRows, dtype: torch.dtype
 ) -> tuple[_Adapted | None, _Adapted | None]:
     if factors is None:
         return None, None

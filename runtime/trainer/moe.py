@@ -156,4 +156,4 @@ class TrainingMoe(nn.Module):
         adapted_G = torch.tensor(experts.adapted, device=local_M.device) - self.per_process * self.mesh.ep.rank
         is_adapted_E = torch.zeros_like(counts_E, dtype=torch.bool).index_fill_(0, adapted_G, True)
         rows_L = is_adapted_E[local_M].nonzero().squeeze(1)
-        return ExpertRows(token_of_M, places_TK, counts_E, rows_L, counts_E[adapted_G], ids_M)
+        return ExpertRows(token_of_M, places_TK, counts_E, rows_L, counts_E[adapted_G], ids_M, adapted_G)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from runtime.ops import cpu_threads
+from runtime.ops.base import Ops
 from runtime.ops.cpu import CpuOps
 from runtime.trainer.dropout import Dropout
 from runtime.trainer.expert_function import BaseExperts, ExpertFactors, ExpertRows, reference_experts, routed_experts
@@ -16,6 +19,17 @@ from runtime.trainer.expert_function import BaseExperts, ExpertFactors, ExpertRo
 HIDDEN, WIDTH, RANK = 24, 20, 3
 ALL = range(6)
 OPS = CpuOps()
+
+
+class InShares(CpuOps):
+    """Every grouped computation in three shares, each in a thread of its own."""
+
+    def shares(self, counts_G: Tensor) -> list[tuple[slice, slice]]:
+        return cpu_threads.equal_shares(counts_G.tolist(), 3)
+
+    def side_by_side(self, tasks: Sequence[Callable[[], cpu_threads.T]]) -> list[cpu_threads.T]:
+        with ThreadPoolExecutor(3) as pool:
+            return [done.result() for done in [pool.submit(torch.no_grad()(task)) for task in tasks]]
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,7 @@ def make_inputs(case: Case) -> Inputs:
         None if all_or_none else is_adapted_M.nonzero().squeeze(1),
         counts_E if all_or_none else counts_E[torch.tensor(adapted)],
         torch.randint(0, 10**9, (num_rows,), generator=generator),
+        None if all_or_none else torch.tensor(adapted),
     )
     count = len(adapted)
     shapes = ((count, RANK, HIDDEN), (count, 2 * WIDTH, RANK), (count, RANK, WIDTH), (count, HIDDEN, RANK))
@@ -108,14 +123,14 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def run(
-    inputs: Inputs, dtype: torch.dtype, *, by_hand: bool, dropout: Dropout | None = None
+    inputs: Inputs, dtype: torch.dtype, *, by_hand: bool, dropout: Dropout | None = None, ops: Ops = OPS
 ) -> tuple[Tensor, ...]:
     """The value and the gradients of x, gates and factors."""
     leaves = inputs.to(dtype)
     second = None if dropout is None else Dropout(dropout.p, ~dropout.key)
     factors = ExpertFactors(*leaves.factors, 1.7, 0.6, dropout, second) if leaves.factors else None
     function = routed_experts if by_hand else (reference_experts if dropout is None else dropping_reference)
-    out = function(leaves.x, leaves.gates, BaseExperts(leaves.w13, leaves.w2, OPS), factors, leaves.rows)
+    out = function(leaves.x, leaves.gates, BaseExperts(leaves.w13, leaves.w2, ops), factors, leaves.rows)
     wanted = (leaves.x, leaves.gates, *leaves.factors)
     if not out.requires_grad:  # the reference, where no row depends on anything
         return out, *(torch.zeros_like(leaf) for leaf in wanted)
@@ -153,10 +168,11 @@ def assert_near(seen: Tensor, truth: Tensor) -> None:
         assert (seen.double() - truth).abs().max() <= 2e-6 * truth.abs().max()
 
 
+@pytest.mark.parametrize("ops", [OPS, InShares()], ids=["whole", "in shares"])
 @pytest.mark.parametrize("name", CASES)
-def test_value_and_all_gradients_equal_the_plain_form(name: str) -> None:
+def test_value_and_all_gradients_equal_the_plain_form(name: str, ops: Ops) -> None:
     inputs = make_inputs(CASES[name])
-    seen = run(inputs, torch.float32, by_hand=True)
+    seen = run(inputs, torch.float32, by_hand=True, ops=ops)
     expected = run(inputs, torch.float64, by_hand=False)
     assert len(seen) == len(expected) == 3 + len(inputs.factors)
     for ours, truth in zip(seen, expected, strict=True):
