@@ -90,7 +90,9 @@ class TrainingStage(nn.Module):
         """Through this stage's layers: [T, H] from the stage before, None in the first one -> [T, H]."""
         if x_TH is None:
             x_TH = self._embedded(batch.token_ids_T)
-            if self.mesh.pp.size > 1:  # a stage without anything to train must have a way back all the same
+            # Alone, nothing below the first factor needs a gradient. Processes that exchange rows or stages must all
+            # go the same way back, also one whose experts or layers have nothing to train.
+            if self.mesh.pp.size > 1 or self.mesh.ep.size > 1:
                 x_TH.requires_grad_(torch.is_grad_enabled())
         rotation = cos_sin(batch.positions_T, self.inverse_frequencies, self.rotary_scale)
         for layer in self.layers.values():

@@ -22,7 +22,16 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2xDP2, EP4": {"tp": 2, "dp": 2, "ep": 4},
     "PP2xEP2": {"pp": 2, "dp": 2, "ep": 2, "layers": [1, 2]},
 }
-WITH_OPTIONS = ("TP2", "EP2", "TP2xPP2", "TP2xDP2, EP4", "PP2xEP2")
+# One expert a layer: most processes have none to train, and must take part in the way back all the same.
+FEW_EXPERTS: dict[str, Any] = {
+    "lora": {"targets": ["experts"], "rank": 4},
+    "selection": {"by": "token_share", "threshold": 0.05, "sample_rows": 8},
+}
+VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "plain": ({}, tuple(LAYOUTS)),
+    "options": (OPTIONS, ("TP2", "EP2", "TP2xPP2", "TP2xDP2, EP4", "PP2xEP2")),
+    "few experts": (FEW_EXPERTS, ("TP2", "EP2", "TP2xPP2", "TP2xDP2, EP4")),
+}
 
 
 def _num_processes(layout: dict[str, Any]) -> int:
@@ -34,33 +43,36 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     """One process first, then each layout, two or four processes at a time."""
     folder = tmp_path_factory.mktemp("layouts")
     build_base(folder / "base")
-    wanted = [("one", {}, {}), ("one, options", {}, OPTIONS)]
-    wanted += [(name, layout, {}) for name, layout in LAYOUTS.items()]
-    wanted += [(f"{name}, options", LAYOUTS[name], OPTIONS) for name in WITH_OPTIONS]
     jobs: dict[int, list[Run]] = {}
-    for name, layout, options in wanted:
-        config = plain_config(folder / "base", folder / name, parallel=layout, **options)
-        jobs.setdefault(_num_processes(layout), []).append(Run(config, str(folder / f"{name}.pt")))
+    wanted = []
+    for variant, (options, names) in VARIANTS.items():
+        for name in ("one", *names):
+            layout = LAYOUTS.get(name, {})
+            wanted.append(f"{name}: {variant}")
+            config = plain_config(folder / "base", folder / wanted[-1], parallel=layout, **options)
+            jobs.setdefault(_num_processes(layout), []).append(Run(config, str(folder / f"{wanted[-1]}.pt")))
     for num_processes, runs in jobs.items():
         statuses = run_job(runs, num_processes, folder / f"jobs-{num_processes}")
         assert statuses == [0] * num_processes, logs(folder / f"jobs-{num_processes}") + "".join(
             path.read_text() for path in folder.glob("*.error.*")
         )
-    return {name: torch.load(folder / f"{name}.pt") for name, _, _ in wanted}
+    return {name: torch.load(folder / f"{name}.pt") for name in wanted}
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *(f"{name}, options" for name in WITH_OPTIONS)])
+@pytest.mark.parametrize(
+    ("layout", "variant"), [(name, variant) for variant, (_, names) in VARIANTS.items() for name in names]
+)
 def test_a_layout_trains_what_one_process_trains(
-    results: dict[str, dict[str, Any]], name: str, record_number: RecordNumber
+    results: dict[str, dict[str, Any]], layout: str, variant: str, record_number: RecordNumber
 ) -> None:
-    one = results["one, options" if name.endswith("options") else "one"]
+    one, name = results[f"one: {variant}"], f"{layout}: {variant}"
     seen = results[name]
     assert len(seen["losses"]) == 5
     pairs = zip(seen["losses"], one["losses"], strict=True)
-    record_number(f"{name}: loss, relative", max(abs(a / b - 1) for a, b in pairs), at_most=1e-5)
+    record_number(f"{name}, loss, relative", max(abs(a / b - 1) for a, b in pairs), at_most=1e-5)
     assert seen["adapter"].keys() == one["adapter"].keys()
     worst = max(float((seen["adapter"][key] - one["adapter"][key]).abs().max()) for key in one["adapter"])
-    record_number(f"{name}: exported adapter, absolute", worst, at_most=1e-5)
+    record_number(f"{name}, exported adapter, absolute", worst, at_most=1e-5)
     assert seen["scores"]["loss"] == pytest.approx(one["scores"]["loss"], rel=1e-5)
     assert seen["scores"]["exact_match"] == one["scores"]["exact_match"]
     assert seen["scores"]["documents"] == one["scores"]["documents"] == 40
@@ -68,9 +80,11 @@ def test_a_layout_trains_what_one_process_trains(
 
 def test_the_runs_were_not_trivial(results: dict[str, dict[str, Any]]) -> None:
     """Losses move, an expert saw no token, and selection left some experts out."""
-    losses = results["one"]["losses"]
+    losses = results["one: plain"]["losses"]
     assert len(set(losses)) == 5
-    tensors = results["one"]["adapter"]
+    tensors = results["one: plain"]["adapter"]
     assert any(key.startswith("1.5.") for key in tensors)
-    with_options = results["one, options"]["adapter"]
+    with_options = results["one: options"]["adapter"]
     assert len(with_options) < len(tensors)
+    few = {key.split(".")[1] for key in results["one: few experts"]["adapter"] if key.startswith("1.")}
+    assert len(few) == 1
