@@ -45,6 +45,11 @@ test: lint types
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.decode_vs_peft
 
+## make bench-train   LoRA training against transformers + PEFT (a quarter of an hour; writes benchmarks/results/)
+.PHONY: bench-train
+bench-train: $(STAMP)
+	$(BIN)/python -m benchmarks.train_vs_peft
+
 ## make lint    ruff over the code, buf over the contracts, and whether runtime/pb and docs/api.md follow them
 lint: $(STAMP) proto-unbroken
 	$(BIN)/ruff check $(SOURCE)
