@@ -51,7 +51,7 @@ class Said:
 def write_rows(path: Path, num_rows: int = 40) -> Path:
     """A JSONL file of prompt-completion rows."""
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()[:num_rows]]
-    path.write_text("".join(json.dumps({"prompt": r["prompt"], "completion": r["answer"]}) + "\n" for r in rows))
+    path.write_text("".join(json.dumps({"prompt": r["prompt"], "completion": r["completion"]}) + "\n" for r in rows))
     return path
 
 

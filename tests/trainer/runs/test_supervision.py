@@ -47,11 +47,15 @@ def test_processes_that_end_well_end_the_run_well() -> None:
 
 @pytest.mark.parametrize(("number", "ending"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_ends_all_processes(number: int, ending: type[BaseException]) -> None:
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, it is ignored
     processes = [sleeper(), sleeper()]
     before = signal.getsignal(signal.SIGTERM)
     threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
-    with pytest.raises(ending) as caught:
-        train._supervise(processes)
+    try:
+        with pytest.raises(ending) as caught:
+            train._supervise(processes)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     assert all(process.poll() is not None for process in processes)
     assert signal.getsignal(signal.SIGTERM) is before
     if number == signal.SIGTERM:
