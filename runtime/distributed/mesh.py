@@ -175,10 +175,9 @@ def barrier(group: Group) -> None:
         dist.barrier(group.handle)
 
 
-def sum_numbers(values: Sequence[float], group: Group, device: torch.device) -> list[float]:
-    """Element by element sums over the group, in float64 where the device has it."""
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
-    total = torch.tensor(values, dtype=dtype, device=device)
+def sum_numbers(values: Sequence[float], group: Group) -> list[float]:
+    """Element by element sums over the group, in float64."""
+    total = torch.tensor(values, dtype=torch.float64)
     if group.handle is not None:
         dist.all_reduce(total, group=group.handle)
     return [float(value) for value in total.tolist()]

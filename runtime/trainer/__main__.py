@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,10 +67,8 @@ def _train(config: TrainConfig, resume: str | None, rank: int, world_size: int, 
     check_process_count(shape, world_size)
     device = bind_process(open_device(config.device), local_rank)
     start_processes(device, rank, world_size)
-    try:
-        Training(config, make_mesh(shape, rank), device, resume).run()
-    finally:
-        stop_processes()
+    Training(config, make_mesh(shape, rank), device, resume).run()
+    stop_processes()  # not after an error: taking groups apart while others fail can abort the process
 
 
 def _tell(rank: int, message: str) -> None:
@@ -77,4 +76,8 @@ def _tell(rank: int, message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # threads of the communication libraries must not hold up or spoil the end

@@ -195,7 +195,7 @@ def _make_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
     for group in optimizer.param_groups:
         for tensor in group["params"]:
             moments = {name: torch.zeros_like(tensor) for name in MOMENTS}
-            optimizer.state[tensor] = {"step": torch.tensor(float(step)), **moments}
+            optimizer.state[tensor] = {"step": torch.tensor(float(step), device=tensor.device), **moments}
 
 
 def _prepare(partial: Path) -> None:

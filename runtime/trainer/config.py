@@ -169,6 +169,8 @@ class TrainConfig:
         _require(0 <= routing.aux_loss < math.inf, "routing.aux_loss", routing.aux_loss, ">= 0")
         _require(routing.overflow in OVERFLOWS, "routing.overflow", routing.overflow, _one_of(OVERFLOWS))
         capacity = routing.capacity_factor
+        overflows = capacity is not None or routing.overflow == OVERFLOWS[0]
+        _require(overflows, "routing.overflow", routing.overflow, "only with a capacity_factor")
         _require(capacity is None or 0 < capacity < math.inf, "routing.capacity_factor", capacity, "above 0, or unset")
 
 
@@ -184,6 +186,8 @@ def _check_run(config: TrainConfig) -> None:
         _require(getattr(config, name) >= 1, name, getattr(config, name), ">= 1")
     for name in ("eval_every", "save_every", "check_replicas_every"):
         _require(getattr(config, name) >= 0, name, getattr(config, name), ">= 0 (0: never)")
+    is_scored = bool(config.data.eval) or config.data.eval_fraction > 0
+    _require(not config.eval_every or is_scored, "eval_every", config.eval_every, "0 without evaluation data")
     _require(0 <= config.seed < 2**63, "seed", config.seed, "0 or more, below 2^63")
     _require(config.export_format in EXPORT_FORMATS, "export_format", config.export_format, _one_of(EXPORT_FORMATS))
 

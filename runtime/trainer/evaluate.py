@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,20 +49,18 @@ def evaluate(config: TrainConfig, documents: Sequence[Document], stage: Training
                 with torch.no_grad():
                     stage.losses(hidden_TH, batch)  # the other processes' part of the vocabulary
     stage.train()
-    loss, targets, exact, count = sum_numbers(sums, stage.mesh.world, stage.placement.device)
+    loss, targets, exact, count = sum_numbers(sums, stage.mesh.world)
     return Evaluation(loss / max(1, targets), exact / max(1, count), int(count), int(targets))
 
 
-def _turns(config: TrainConfig, rows: Sequence[Row], stage: TrainingStage) -> list[list[MicroBatch]]:
+def _turns(config: TrainConfig, rows: Sequence[Row], stage: TrainingStage) -> Iterator[list[MicroBatch]]:
     """Equal numbers of micro-batches for every replica, as exchanges between experts need; empty rows fill up."""
     dp, device = stage.mesh.dp, stage.placement.device
     per_turn = config.micro_batch_rows * dp.size
     filler = (Document(rows[0][0].token_ids[:1], rows[0][0].is_target[:1] & False),)
     padded = [*rows, *(filler for _ in range(-len(rows) % per_turn))]
-    return [
-        step_data(config, padded[start : start + per_turn], start, dp, device).micro_batches
-        for start in range(0, len(padded), per_turn)
-    ]
+    for start in range(0, len(padded), per_turn):
+        yield step_data(config, padded[start : start + per_turn], start, dp, device).micro_batches
 
 
 def _scored(batch: MicroBatch, found: TargetLosses) -> list[float]:

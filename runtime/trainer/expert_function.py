@@ -199,7 +199,7 @@ class _RoutedExperts(torch.autograd.Function):
         kept = [tensor for _, part in results for tensor in (part.gate_up, part.shrunk13, part.shrunk2)]
         ctx.save_for_backward(x_TH, gates_M, *tensors, *kept)
         ctx.base, ctx.factors, ctx.rows = base, factors, rows
-        return _sum_of_places(torch.cat([y_MH for y_MH, _ in results]), rows.places_TK)
+        return _sum_of_places(_joined([y_MH for y_MH, _ in results]), rows.places_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -211,7 +211,7 @@ class _RoutedExperts(torch.autograd.Function):
             partial(_backward_part, x_TH, grads[0], part, own, wants_x) for part, own in zip(parts, kept, strict=True)
         ]
         grads_x, grads_gates, *grads_factors = zip(*ctx.base.ops.side_by_side(tasks), strict=True)
-        grad_x_TH = _sum_of_places(torch.cat(grads_x), ctx.rows.places_TK) if wants_x else None
+        grad_x_TH = _sum_of_places(_joined(grads_x), ctx.rows.places_TK) if wants_x else None
         joined = [None if ctx.factors is None else torch.cat(parts) for parts in grads_factors]
         return grad_x_TH, torch.cat(grads_gates).to(gates_M.dtype), *joined, None, None, None
 
@@ -313,6 +313,11 @@ def _both(
 def _transposed(weight_GNK: Tensor) -> Tensor:
     """[G, N, K] as on disk -> one panel [G, 1, K, N], a view."""
     return weight_GNK.transpose(1, 2)[:, None]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _sum_of_places(y_MH: Tensor, places_TK: Tensor) -> Tensor:

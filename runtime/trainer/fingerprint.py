@@ -11,6 +11,7 @@ from runtime.distributed.mesh import gather_objects
 from runtime.layers.norm import RmsNorm
 from runtime.models.deepseek.router import Router
 from runtime.trainer.data.documents import Document
+from runtime.trainer.lora import LoraGroupedExperts
 from runtime.trainer.stage import TrainingStage
 
 DIGEST_BYTES = 16
@@ -30,14 +31,20 @@ def _of_documents(documents: Sequence[Document]) -> str:
 
 
 def _of_base(stage: TrainingStage) -> str:
-    """Norms and routers: they lie whole on every process of a stage, and differ between bases of the same shape."""
+    """Norms and routers, and the beginning of each routed expert: what lies whole on some process in every layout.
+
+    Bases that differ in nothing but other weights are not told apart.
+    """
     own: dict[str, str] = {}
     for name, module in stage.named_modules():
         if isinstance(module, RmsNorm | Router):
             own[name] = _of_tensor(module.weight)
+        elif isinstance(module, LoraGroupedExperts):
+            for index, expert in enumerate(module.experts):
+                own[f"{name}.{expert}"] = _of_tensor(module.w2[index, 0]) + _of_tensor(module.w13[index, 0])
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     everyone: dict[str, str] = {}
-    for of_stage in gather_objects(own, stage.mesh.pp):
+    for of_stage in gather_objects(own, stage.mesh.world):
         everyone.update(of_stage)  # type: ignore[call-overload]
     for name, value in sorted(everyone.items()):
         digest.update(f"{name}={value};".encode())

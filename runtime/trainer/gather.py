@@ -43,12 +43,12 @@ def gather_adapter(parameters: Sequence[LoraParameter], mesh: Mesh) -> Adapter |
     everyone = cast(list[list[_Piece]], gather_objects([piece for piece, _ in own], mesh.world))
     if mesh.world.rank != 0:
         for _, tensor in own:
-            dist.send(tensor.contiguous(), 0, group=mesh.world.handle)
+            dist.send(tensor.contiguous().cpu(), 0, group=mesh.world.handle)
         return None
     parts: dict[str, list[tuple[_Piece, Tensor]]] = {}
     for sender, pieces in enumerate(everyone):
         for index, piece in enumerate(pieces):
-            tensor = own[index][1] if sender == 0 else torch.empty(piece.shape, device=_device(parameters))
+            tensor = own[index][1] if sender == 0 else torch.empty(piece.shape)
             if sender != 0:
                 dist.recv(tensor, sender, group=mesh.world.handle)
             parts.setdefault(piece.name, []).append((piece, tensor.detach().float().cpu()))
@@ -108,6 +108,3 @@ def _joined(parts: Mapping[str, list[tuple[_Piece, Tensor]]]) -> tuple[dict[str,
         scales[name] = pieces[0][0].scale
     return factors, scales
 
-
-def _device(parameters: Sequence[LoraParameter]) -> torch.device:
-    return parameters[0].tensor.device if parameters else torch.device("cpu")

@@ -124,7 +124,7 @@ class Training:
         lr = learning_rate(config.optimizer, self.step, self.data.num_steps)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
-        (loss,) = sum_numbers([own_loss / mesh.tp.size], mesh.world, self.device)
+        (loss,) = sum_numbers([own_loss / mesh.tp.size], mesh.world)
         seconds = time.perf_counter() - begin
         self.report.step(self.step, self.data.rows.epoch_of(first_row), loss, lr, norm, data, rows, seconds)
         return loss
@@ -215,7 +215,7 @@ class Training:
         return f"checkpoint {kept[-1].name} is whole: make room, then go on with --resume"
 
     def _log_start(self) -> None:
-        total = sum_numbers([_share_counted_once(self.model, self.mesh)], self.mesh.world, self.device)[0]
+        total = sum_numbers([_share_counted_once(self.model, self.mesh)], self.mesh.world)[0]
         if self.mesh.world.rank == 0:
             logger.info("training %s factors' parameters; frozen: the base with its router, bias, norms and "
                         "embeddings", f"{round(total):,}")  # fmt: skip

@@ -53,7 +53,8 @@ def _chunk_losses(
 ) -> tuple[Tensor, Tensor]:
     logits_NV = head(hidden_NH, ids_N).float()
     if tp.size == 1:
-        return cross_entropy(logits_NV, targets_N, reduction="none"), logits_NV.argmax(-1) == targets_N
+        is_best_N = logits_NV.detach().gather(1, targets_N[:, None])[:, 0] >= logits_NV.detach().amax(-1)
+        return cross_entropy(logits_NV, targets_N, reduction="none"), is_best_N
     first = head.local_out * tp.rank
     local_N = targets_N - first
     is_here_N = (local_N >= 0) & (local_N < head.local_out)

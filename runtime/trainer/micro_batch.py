@@ -54,6 +54,11 @@ class MicroBatch:
     row_weight: float
 
     @property
+    def has_padding(self) -> bool:
+        """Whether a row has fewer tokens than the width."""
+        return sum(map(sum, self.lengths)) < self.token_ids_T.shape[0]
+
+    @property
     def width(self) -> int:
         """Tokens of one row, padding included."""
         return self.token_ids_T.shape[0] // self.num_rows

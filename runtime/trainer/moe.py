@@ -80,6 +80,8 @@ class TrainingMoe(nn.Module):
             experts_TK, keep_TK = limit_load(self.gate, scores_TE, experts_TK, batch, factor, reroute=reroute)
         weights_TK = self.gate.weigh(scores_TE, experts_TK)
         self._count(balance, keep_TK, batch)
+        if keep_TK is None and batch.has_padding:  # all of it would go to the same few experts
+            keep_TK = batch.is_real_T[:, None].expand_as(experts_TK)
         if balance is not None:
             # Every tp process computes the whole balance loss, and `enter_parallel` sums their gradients.
             weights_TK = add_to_gradients(weights_TK, balance * (self.routing.aux_loss / self.mesh.tp.size))
@@ -126,7 +128,8 @@ class TrainingMoe(nn.Module):
             rows = self._rows(token_of_S, places_TK, experts_C[sent_S], ids_S)
             return self.experts(x_TH, gates_S, rows)  # type: ignore[no-any-return]
         y_SH = self._exchanged(x_TH.index_select(0, token_of_S), gates_S, experts_C[sent_S], ids_S)
-        return torch.zeros_like(x_TH).index_add(0, token_of_S, y_SH)
+        sum_TH = torch.zeros_like(x_TH, dtype=torch.float32).index_add(0, token_of_S, y_SH.float())
+        return sum_TH.to(x_TH.dtype)
 
     def _exchanged(self, x_SH: Tensor, gates_S: Tensor, experts_S: Tensor, ids_S: Tensor) -> Tensor:
         """Send the rows to the replicas that hold their experts, compute what comes in, send the results back."""

@@ -20,7 +20,7 @@ def make_optimizer(parameters: Sequence[LoraParameter], config: OptimizerConfig)
         if tensors:
             groups.append({"params": tensors, "ratio": ratio})
     return torch.optim.AdamW(
-        groups,
+        groups or [{"params": [], "ratio": 1.0}],  # a pipeline stage may have nothing to train
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

@@ -8,6 +8,7 @@ from runtime.models.deepseek.config import DeepseekConfig
 from runtime.trainer.config import TrainConfig
 from runtime.trainer.load import disk_shapes
 from runtime.trainer.lora import LoraSpec
+from runtime.trainer.loss import MAX_LOGITS
 from runtime.trainer.report.activations import activation_bytes, logit_bytes
 from runtime.trainer.report.dry_run import COMPUTE_BYTES, RunPlan, StageInfo, TensorInfo
 from runtime.trainer.report.flops import LoraSize, base_parameters, expert_share, step_flops
@@ -92,7 +93,8 @@ def _stage_info(
     in_flight = min(config.num_micro_batches, parallel.pp - stage)
     logits = 0
     if is_last:
-        logits = logit_bytes(base, round(config.micro_batch_rows * targets_per_row), parallel.tp)
+        at_once = MAX_LOGITS * parallel.tp // base.vocab_size
+        logits = logit_bytes(base, min(at_once, round(config.micro_batch_rows * targets_per_row)), parallel.tp)
     both = [
         activation_bytes(
             base,

@@ -142,7 +142,7 @@ class RunReport:
             moe.reset_statistics()
         if not routing.aux_loss and routing.capacity_factor is None:
             return None, None
-        balance, layers, dropped, choices = sum_numbers(sums, self._mesh.world, self._model.stage.placement.device)
+        balance, layers, dropped, choices = sum_numbers(sums, self._mesh.world)
         mean = balance / max(1.0, layers / self._mesh.dp.size) if routing.aux_loss else None
         return mean, dropped / max(1.0, choices) if routing.capacity_factor is not None else None
 

@@ -30,7 +30,7 @@ FEW_EXPERTS: dict[str, Any] = {
 VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "plain": ({}, tuple(LAYOUTS)),
     "options": (OPTIONS, ("TP2", "EP2", "TP2xPP2", "TP2xDP2, EP4", "PP2xEP2")),
-    "few experts": (FEW_EXPERTS, ("TP2", "EP2", "TP2xPP2", "TP2xDP2, EP4")),
+    "few experts": (FEW_EXPERTS, ("TP2", "EP2", "TP2xPP2", "TP2xDP2, EP4", "PP2xEP2")),
 }
 
 
