@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from runtime.ops import reference
+from runtime.ops.frozen_groups import FrozenGroups, PlainGroups
 
 T = TypeVar("T")
 
@@ -60,6 +61,10 @@ class Ops(ABC):
     def grouped_matmul_add_(self, y_MN: Tensor, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> None:
         """Add a grouped product to `y`."""
         y_MN += self.grouped_matmul(x_MK, weight_GJKW, counts_G)
+
+    def freeze_groups(self, weight_GNK: Tensor, *, pack: bool) -> FrozenGroups:
+        """Weights of any number of products in both directions; `pack`: copies may take more memory to be faster."""
+        return PlainGroups(weight_GNK, self)
 
     @abstractmethod
     def grouped_outer(self, x_MK: Tensor, y_MN: Tensor, counts_G: Tensor) -> Tensor:

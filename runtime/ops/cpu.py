@@ -17,6 +17,8 @@ from torch.nn.functional import embedding_bag, pad
 from runtime.ops import cpu_threads, reference
 from runtime.ops.base import Ops, T
 from runtime.ops.cpu_attention import causal_attention
+from runtime.ops.cpu_packed_groups import PackedGroups
+from runtime.ops.frozen_groups import FrozenGroups, PlainGroups
 
 # Rows per group up to which embedding_bag beats matmuls, looped or batched (`benchmarks/grouped_products.py`).
 MAX_BAG_ROWS_PER_BASE_GROUP = 6
@@ -52,7 +54,7 @@ class CpuOps(Ops):
 
     def pack_linear(self, weight_NK: Tensor) -> Tensor:
         """See `Ops.pack_linear`: in oneDNN's blocks; without them a few rows take 1.6 times as long in bfloat16."""
-        if weight_NK.dtype is not torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if not _has_blocks(weight_NK):
             return weight_NK
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach(), None)
         return packed
@@ -83,10 +85,14 @@ class CpuOps(Ops):
                 y_MN[start : start + count].addmm_(x_MK[start : start + count], weight_GJKW[group, 0])
                 start += count
 
+    def freeze_groups(self, weight_GNK: Tensor, *, pack: bool) -> FrozenGroups:
+        """See `Ops.freeze_groups`."""
+        return PackedGroups.pack(weight_GNK) if pack and _has_blocks(weight_GNK) else PlainGroups(weight_GNK, self)
+
     def grouped_outer(self, x_MK: Tensor, y_MN: Tensor, counts_G: Tensor) -> Tensor:
         """See `Ops.grouped_outer`: in float32, whose kernels take any number of rows; wide results are faster."""
         if x_MK.shape[1] > y_MN.shape[1]:
-            return self.grouped_outer(y_MN, x_MK, counts_G).transpose(1, 2).contiguous()
+            return self.grouped_outer(y_MN, x_MK, counts_G).transpose(1, 2)
         outer_GKN = x_MK.new_empty(len(counts_G), x_MK.shape[1], y_MN.shape[1], dtype=torch.float32)
         start = 0
         for group, count in enumerate(counts_G.tolist()):
@@ -165,6 +171,11 @@ class CpuOps(Ops):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse_HT = flash(query, key, value, 0.0, causal, scale=scale)
         return out[0, ..., :num_value], lse_HT[0]
+
+
+def _has_blocks(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies by the weight in a layout of its own."""
+    return weight.dtype is torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _panel_bag_matmul(x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:

@@ -46,15 +46,18 @@ class _CausalAttention(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         grad_out_NLV = grads[0].contiguous()
         grad_query = torch.empty_like(query)
-        grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
-        for index, block in enumerate(_blocks(query)):
-            seen = slice(0, block.stop)
+        grad_key, grad_value = (torch.empty_like(x, dtype=torch.float32) for x in (key, value))
+        # The last block sees all keys, so its gradients are the first of each sum.
+        for index, block in reversed([*enumerate(_blocks(query))]):
+            seen, is_first = slice(0, block.stop), block.stop == query.shape[1]
             probs_NQK = kept[index] if kept else _probabilities(query, key, block)
-            grad_value[:, seen] += torch.bmm(probs_NQK.transpose(1, 2), grad_out_NLV[:, block])
+            part = torch.bmm(probs_NQK.transpose(1, 2), grad_out_NLV[:, block])
+            _ = grad_value.copy_(part) if is_first else grad_value[:, seen].add_(part)
             grad_probs_NQK = torch.bmm(grad_out_NLV[:, block], value[:, seen].transpose(1, 2))
             grad_NQK = torch.ops.aten._softmax_backward_data(grad_probs_NQK, probs_NQK, -1, probs_NQK.dtype)
             grad_query[:, block] = torch.bmm(grad_NQK, key[:, seen])
-            grad_key[:, seen] += torch.bmm(grad_NQK.transpose(1, 2), query[:, block])
+            part = torch.bmm(grad_NQK.transpose(1, 2), query[:, block])
+            _ = grad_key.copy_(part) if is_first else grad_key[:, seen].add_(part)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 

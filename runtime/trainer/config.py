@@ -135,6 +135,7 @@ class TrainConfig:
     device: str = "cpu"
     dtype: str = "bfloat16"
     activation_checkpointing: bool = False
+    pack_experts: bool = True
     log_every: int = 1
     eval_every: int = 0
     save_every: int = 0

@@ -2,7 +2,7 @@
 
 Shape suffixes: T input rows, M routed rows (sorted by expert), L those of adapted experts, E local experts,
 G adapted ones, H hidden, I expert width, R LoRA rank, K choices of a row.
-`reference_experts` is the same in plain operations, for tests and for reading.
+`reference_experts.py` is the same in plain operations, for tests and for reading.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from runtime.ops.base import Ops
+from runtime.ops.frozen_groups import FrozenGroups
 from runtime.trainer.dropout import Dropout
 
 
@@ -42,10 +43,10 @@ class ExpertRows:
 
 @dataclass(frozen=True)
 class BaseExperts:
-    """Frozen weights as on disk: w13 [E, 2I, H] (gate, then up) and w2 [E, H, I]."""
+    """Frozen weights: w13 [E, 2I, H] (gate, then up) and w2 [E, H, I]."""
 
-    w13: Tensor
-    w2: Tensor
+    w13: FrozenGroups
+    w2: FrozenGroups
     ops: Ops
 
 
@@ -70,29 +71,6 @@ def routed_experts(
     tensors = (None,) * 4 if factors is None else (factors.a13, factors.b13, factors.a2, factors.b2)
     out_TH = _RoutedExperts.apply(x_TH, gates_M, *tensors, base, factors, rows)  # type: ignore[no-untyped-call]
     return cast(Tensor, out_TH)
-
-
-def reference_experts(
-    x_TH: Tensor, gates_M: Tensor, base: BaseExperts, factors: ExpertFactors | None, rows: ExpertRows
-) -> Tensor:
-    """Reference of `routed_experts`, expert by expert, differentiated by autograd."""
-    out_TH = torch.zeros_like(x_TH)
-    adapted_M = torch.arange(len(rows.token_of_M)) if rows.rows_L is None else rows.rows_L
-    adapted_by = dict(zip(adapted_M.tolist(), torch.repeat_interleave(rows.counts_G).tolist(), strict=True))
-    experts_M = torch.repeat_interleave(rows.counts_E)
-    for row, (token, expert) in enumerate(zip(rows.token_of_M.tolist(), experts_M.tolist(), strict=True)):
-        x_H = x_TH[token]
-        gate_up = base.w13[expert] @ x_H
-        index = adapted_by.get(row)
-        if factors is not None and index is not None:
-            gate_up = gate_up + factors.scale13 * (factors.b13[index] @ (factors.a13[index] @ x_H))
-        gate, up = gate_up.chunk(2)
-        inner_I = torch.nn.functional.silu(gate) * up
-        y_H = base.w2[expert] @ inner_I
-        if factors is not None and index is not None:
-            y_H = y_H + factors.scale2 * (factors.b2[index] @ (factors.a2[index] @ inner_I))
-        out_TH = out_TH.index_add(0, torch.tensor([token]), (gates_M[row] * y_H)[None])
-    return out_TH
 
 
 @dataclass(frozen=True)
@@ -170,10 +148,15 @@ class _Adapted:
 
 @dataclass(frozen=True)
 class _Part:
-    """Consecutive experts with their rows, computed on their own; `gates` in the compute dtype, [M, 1]."""
+    """Consecutive experts with their rows, computed on their own; `gates` in the compute dtype, [M, 1].
+
+    `span` and `adapted`: which of all routed rows and of all adapted experts these are.
+    """
 
     base: BaseExperts
     rows: ExpertRows
+    span: slice
+    adapted: slice
     gates: Tensor
     first: _Adapted | None
     second: _Adapted | None
@@ -188,6 +171,15 @@ class _Kept:
     shrunk2: Tensor | None
 
 
+@dataclass(frozen=True)
+class _Gradients:
+    """Of x's routed rows [M, H], of the gates [M], and of a13, b13, a2, b2; None where nothing wants them."""
+
+    x: Tensor | None
+    gates: Tensor
+    factors: tuple[Tensor | None, ...]
+
+
 class _RoutedExperts(torch.autograd.Function):
     """Gates are applied to the inner activations, so no gradient needs the output once more."""
 
@@ -195,38 +187,51 @@ class _RoutedExperts(torch.autograd.Function):
     def forward(ctx: Any, x_TH: Tensor, gates_M: Tensor, *rest: Any) -> Tensor:
         *tensors, base, factors, rows = rest
         parts = _parts(x_TH, gates_M, tensors, base, factors, rows)
-        results = base.ops.side_by_side([partial(_forward_part, x_TH, part) for part in parts])
+        whole_MH = x_TH.new_empty(len(gates_M), x_TH.shape[1]) if len(parts) > 1 else None
+        outs = [None if whole_MH is None else whole_MH[part.span] for part in parts]
+        tasks = [partial(_forward_part, x_TH, part, out_MH) for part, out_MH in zip(parts, outs, strict=True)]
+        results = base.ops.side_by_side(tasks)
         kept = [tensor for _, part in results for tensor in (part.gate_up, part.shrunk13, part.shrunk2)]
         ctx.save_for_backward(x_TH, gates_M, *tensors, *kept)
         ctx.base, ctx.factors, ctx.rows = base, factors, rows
-        return _sum_of_places(_joined([y_MH for y_MH, _ in results]), rows.places_TK)
+        return _sum_of_places(results[0][0] if whole_MH is None else whole_MH, rows.places_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x_TH, gates_M, a13, b13, a2, b2, *flat = ctx.saved_tensors
-        parts = _parts(x_TH, gates_M, [a13, b13, a2, b2], ctx.base, ctx.factors, ctx.rows)
+        tensors = (a13, b13, a2, b2)
+        parts = _parts(x_TH, gates_M, tensors, ctx.base, ctx.factors, ctx.rows)
         kept = [_Kept(*flat[3 * index : 3 * index + 3]) for index in range(len(parts))]
         wants_x = ctx.needs_input_grad[0]
+        whole = _empty_gradients(x_TH, len(gates_M), tensors, wants_x=wants_x) if len(parts) > 1 else None
         tasks = [
-            partial(_backward_part, x_TH, grads[0], part, own, wants_x) for part, own in zip(parts, kept, strict=True)
+            partial(_backward_part, x_TH, grads[0], part, own, whole, wants_x=wants_x)
+            for part, own in zip(parts, kept, strict=True)
         ]
-        grads_x, grads_gates, *grads_factors = zip(*ctx.base.ops.side_by_side(tasks), strict=True)
-        grad_x_TH = _sum_of_places(_joined(grads_x), ctx.rows.places_TK) if wants_x else None
-        joined = [None if ctx.factors is None else torch.cat(parts) for parts in grads_factors]
-        return grad_x_TH, torch.cat(grads_gates).to(gates_M.dtype), *joined, None, None, None
+        results = ctx.base.ops.side_by_side(tasks)
+        found = results[0] if whole is None else whole
+        grad_x_TH = None if found.x is None else _sum_of_places(found.x, ctx.rows.places_TK)
+        return grad_x_TH, found.gates.to(gates_M.dtype), *found.factors, None, None, None
 
 
-def _forward_part(x_TH: Tensor, part: _Part) -> tuple[Tensor, _Kept]:
+def _empty_gradients(x_TH: Tensor, num_rows: int, tensors: Sequence[Tensor | None], *, wants_x: bool) -> _Gradients:
+    """Room for the gradients of all parts, each of which writes its own."""
+    x_MH = x_TH.new_empty(num_rows, x_TH.shape[1]) if wants_x else None
+    factors = tuple(None if tensor is None else torch.empty_like(tensor) for tensor in tensors)
+    return _Gradients(x_MH, x_TH.new_empty(num_rows), factors)
+
+
+def _forward_part(x_TH: Tensor, part: _Part, out_MH: Tensor | None) -> tuple[Tensor, _Kept]:
     ops, rows = part.base.ops, part.rows
     x_MH = x_TH.index_select(0, rows.token_of_M)
-    gate_up = ops.grouped_matmul(x_MH, _transposed(part.base.w13), rows.counts_E)
+    gate_up = part.base.w13.forward(x_MH, rows.counts_E)
     shrunk13 = shrunk2 = None
     if part.first is not None:
         shrunk13 = part.first.shrink(x_MH)
         part.first.expand_add_(gate_up, shrunk13)
     del x_MH
     inner_MI = ops.swiglu(gate_up).mul_(part.gates)
-    y_MH = ops.grouped_matmul(inner_MI, _transposed(part.base.w2), rows.counts_E)
+    y_MH = part.base.w2.forward(inner_MI, rows.counts_E, out_MH)
     if part.second is not None:
         shrunk2 = part.second.shrink(inner_MI)
         part.second.expand_add_(y_MH, shrunk2)
@@ -234,12 +239,12 @@ def _forward_part(x_TH: Tensor, part: _Part) -> tuple[Tensor, _Kept]:
 
 
 def _backward_part(
-    x_TH: Tensor, grad_out_TH: Tensor, part: _Part, kept: _Kept, wants_x: bool
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x's routed rows, of the gates, and of a13, b13, a2, b2."""
+    x_TH: Tensor, grad_out_TH: Tensor, part: _Part, kept: _Kept, whole: _Gradients | None, *, wants_x: bool
+) -> _Gradients:
+    """A part's gradients, written to its place in `whole` if there is one."""
     base, ops, rows = part.base, part.base.ops, part.rows
     grad_y_MH = grad_out_TH.index_select(0, rows.token_of_M)
-    grad_inner = ops.grouped_matmul(grad_y_MH, base.w2[:, None], rows.counts_E)
+    grad_inner = base.w2.backward(grad_y_MH, rows.counts_E)
     inner = ops.swiglu(kept.gate_up)
     grads2: tuple[Tensor | None, ...] = (None, None)
     if part.second is not None and kept.shrunk2 is not None:
@@ -249,13 +254,21 @@ def _backward_part(
     del inner
     grad_gate_up = ops.swiglu_backward(kept.gate_up, grad_inner.mul_(part.gates))
     del grad_inner
-    # Below the first adapted layer nothing wants a gradient, and the largest product of all can be left out.
-    grad_x_MH = ops.grouped_matmul(grad_gate_up, base.w13[:, None], rows.counts_E) if wants_x else None
+    grad_x_MH = None
+    if wants_x:  # below the first adapted layer nothing does, and the largest product of all is left out
+        out_MH = None if whole is None or whole.x is None else whole.x[part.span]
+        grad_x_MH = base.w13.backward(grad_gate_up, rows.counts_E, out_MH)
     grads13: tuple[Tensor | None, ...] = (None, None)
     if part.first is not None and kept.shrunk13 is not None:
         x_MH = x_TH.index_select(0, rows.token_of_M)
         grads13 = part.first.backward(grad_gate_up, x_MH, kept.shrunk13, grad_x_MH)
-    return grad_x_MH, grad_gates, *grads13, *grads2
+    own = _Gradients(grad_x_MH, grad_gates, (*grads13, *grads2))
+    if whole is not None:
+        whole.gates[part.span] = own.gates
+        for target, factor in zip(whole.factors, own.factors, strict=True):
+            if target is not None and factor is not None:
+                target[part.adapted] = factor
+    return own
 
 
 def _parts(
@@ -273,7 +286,8 @@ def _parts(
         own_rows, adapted = _rows_of_part(rows, experts, span)
         own_tensors = [tensor if tensor is None else tensor[adapted] for tensor in tensors]
         first, second = _both(own_tensors, base, factors, own_rows, x_TH.dtype)
-        parts.append(_Part(own_base, own_rows, gates_M[span, None].to(x_TH.dtype), first, second))
+        gates_M1 = gates_M[span, None].to(x_TH.dtype)
+        parts.append(_Part(own_base, own_rows, span, adapted, gates_M1, first, second))
     return parts
 
 
@@ -313,11 +327,6 @@ def _both(
 def _transposed(weight_GNK: Tensor) -> Tensor:
     """[G, N, K] as on disk -> one panel [G, 1, K, N], a view."""
     return weight_GNK.transpose(1, 2)[:, None]
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts; one alone is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _sum_of_places(y_MH: Tensor, places_TK: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ def _of_base(stage: TrainingStage) -> str:
         if isinstance(module, RmsNorm | Router):
             own[name] = _of_tensor(module.weight)
         elif isinstance(module, LoraGroupedExperts):
-            for index, expert in enumerate(module.experts):
-                own[f"{name}.{expert}"] = _of_tensor(module.w2[index, 0]) + _of_tensor(module.w13[index, 0])
+            for expert, rows13, rows2 in zip(module.experts, *module.base_rows, strict=True):
+                own[f"{name}.{expert}"] = _of_tensor(rows2) + _of_tensor(rows13)
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     everyone: dict[str, str] = {}
     for of_stage in gather_objects(own, stage.mesh.world):

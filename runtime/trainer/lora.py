@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from runtime.distributed.mesh import Group
 from runtime.layers.linear import Linear
 from runtime.layers.placement import Placement
+from runtime.ops.frozen_groups import PlainGroups
 from runtime.trainer.dropout import Dropout
 from runtime.trainer.expert_function import BaseExperts, ExpertFactors, ExpertRows, routed_experts
 from runtime.trainer.parameters import LoraParameter, Side
@@ -103,9 +104,22 @@ class LoraGroupedExperts(nn.Module):
         self.ops = placement.ops
         self.w13 = placement.empty(len(experts), 2 * width, hidden)
         self.w2 = placement.empty(len(experts), hidden, width)
+        self.device = placement.device
+        self.base = BaseExperts(PlainGroups(self.w13, self.ops), PlainGroups(self.w2, self.ops), self.ops)
         self.spec: LoraSpec | None = None
         self.adapted: tuple[int, ...] = ()
         self.set_factors(spec, self.experts if adapted is None else adapted)
+
+    def freeze_base(self, *, pack: bool) -> None:
+        """Once the base is loaded: hold it as the device multiplies by it fastest, with twice the memory if `pack`.
+
+        Of what is not kept as it was, the first rows (`base_rows`, [E, H] and [E, I]) remain to tell bases apart.
+        """
+        self.base_rows = (self.w13[:, 0].clone(), self.w2[:, 0].clone())
+        if pack:
+            w13, w2 = (self.ops.freeze_groups(weight, pack=True) for weight in (self.w13, self.w2))
+            self.base = BaseExperts(w13, w2, self.ops)
+            del self.w13, self.w2
 
     def set_factors(self, spec: LoraSpec | None, adapted: Sequence[int]) -> None:
         """Make room for the factors of those of `adapted` (global indices) that lie here, all zeros."""
@@ -113,7 +127,7 @@ class LoraGroupedExperts(nn.Module):
         self.adapted = tuple(expert for expert in adapted if expert in self.experts) if spec is not None else ()
         if spec is None:
             return
-        count, (hidden, width), device = len(self.adapted), self.widths, self.w13.device
+        count, (hidden, width), device = len(self.adapted), self.widths, self.device
         self.gate_up_A = _factor(count, spec.rank, hidden, device=device)
         self.gate_up_B = _factor(count, 2 * width, spec.rank, device=device)
         self.down_A = _factor(count, spec.rank, width, device=device)
@@ -126,8 +140,7 @@ class LoraGroupedExperts(nn.Module):
 
     def forward(self, x_TH: Tensor, gates_M: Tensor, rows: ExpertRows) -> Tensor:
         """See `routed_experts`."""
-        base = BaseExperts(self.w13, self.w2, self.ops)
-        return routed_experts(x_TH, gates_M, base, self._factors(), rows)
+        return routed_experts(x_TH, gates_M, self.base, self._factors(), rows)
 
     def _factors(self) -> ExpertFactors | None:
         if self.spec is None or not self.adapted:

@@ -6,10 +6,10 @@ Shape suffixes: T tokens, N target tokens, H hidden, V vocabulary of this proces
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from runtime.distributed.collectives import enter_parallel, leave_parallel, max_over
@@ -51,10 +51,11 @@ def target_losses(hidden_TH: Tensor, head: LoraParallelLinear, batch: MicroBatch
 def _chunk_losses(
     hidden_NH: Tensor, targets_N: Tensor, ids_N: Tensor, head: LoraParallelLinear, tp: Group
 ) -> tuple[Tensor, Tensor]:
-    logits_NV = head(hidden_NH, ids_N).float()
+    logits_NV = head(hidden_NH, ids_N)
     if tp.size == 1:
-        is_best_N = logits_NV.detach().gather(1, targets_N[:, None])[:, 0] >= logits_NV.detach().amax(-1)
-        return cross_entropy(logits_NV, targets_N, reduction="none"), is_best_N
+        losses_N, is_best_N = _NegativeLogLikelihood.apply(logits_NV, targets_N)  # type: ignore[no-untyped-call]
+        return losses_N, is_best_N
+    logits_NV = logits_NV.float()
     first = head.local_out * tp.rank
     local_N = targets_N - first
     is_here_N = (local_N >= 0) & (local_N < head.local_out)
@@ -63,3 +64,27 @@ def _chunk_losses(
     largest_N = max_over(logits_NV.amax(-1), tp)
     total_N = leave_parallel((logits_NV - largest_N[:, None]).exp().sum(-1), tp)
     return total_N.log() + largest_N - target_logit_N, target_logit_N.detach() >= largest_N
+
+
+class _NegativeLogLikelihood(torch.autograd.Function):
+    """Losses, and whether the target is the likeliest. The gradient goes over the logits twice, autograd's five times."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs_NV = logits_NV.float().log_softmax(-1)
+        own_N = log_probs_NV.gather(1, targets_N[:, None])[:, 0]
+        is_best_N = own_N >= log_probs_NV.amax(-1)
+        ctx.save_for_backward(log_probs_NV, targets_N)
+        ctx.dtype = logits_NV.dtype
+        ctx.mark_non_differentiable(is_best_N)
+        return -own_N, is_best_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        log_probs_NV, targets_N = ctx.saved_tensors
+        grad_NV = torch.empty_like(log_probs_NV, dtype=ctx.dtype)
+        # softmax minus one at the target, times the gradient of the loss: in float32, rounded once.
+        probs_NV = log_probs_NV.exp()
+        probs_NV[torch.arange(len(targets_N), device=targets_N.device), targets_N] -= 1
+        torch.mul(probs_NV, grads[0][:, None], out=grad_NV)
+        return grad_NV, None
