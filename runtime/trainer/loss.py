@@ -67,7 +67,7 @@ def _chunk_losses(
 
 
 class _NegativeLogLikelihood(torch.autograd.Function):
-    """Losses, and whether the target is the likeliest. The gradient goes over the logits twice, autograd's five times."""
+    """Losses, and whether the target is the likeliest; the gradient passes over the logits twice, not five times."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
