@@ -1,7 +1,7 @@
 #!/bin/bash
 # Sets CANN's environment, and NNAL's where it is installed, then becomes `graft`: SIGTERM reaches the server itself.
-# bash, not sh: the vendor's scripts find their own folder by BASH_SOURCE. No `set -u`: they read unset variables.
-set -e
+# bash, not sh: the vendor's scripts find their own folder by BASH_SOURCE. Neither `set -u` nor `set -e`: they
+# read unset variables and go on after commands that fail.
 
 # A function has no arguments but its own, so a sourced script never takes graft's arguments for its own.
 source_environment() {

@@ -12,13 +12,14 @@ RUN pip install --no-cache-dir --no-deps --index-url "${TORCH_INDEX}" "torch==${
 COPY deploy/docker/requirements.txt /tmp/requirements.txt
 RUN pip install --no-cache-dir --no-deps --requirement /tmp/requirements.txt
 
-# The user has an entry in /etc/passwd: torch names its cache folder after it.
-RUN useradd --uid 10001 --create-home graft
-
 COPY pyproject.toml README.md LICENSE /src/
 COPY loaders /src/loaders
 COPY runtime /src/runtime
-RUN pip install --no-cache-dir --no-deps --no-build-isolation /src && pip check && graft --version
+# The user has an entry in /etc/passwd, since torch names its cache folder after it.
+RUN pip install --no-cache-dir --no-deps --no-build-isolation /src \
+    && pip check \
+    && graft --version \
+    && useradd --uid 10001 --create-home graft
 
 USER 10001:10001
 WORKDIR /home/graft
