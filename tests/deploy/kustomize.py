@@ -114,7 +114,7 @@ def _patch(manifests: list[Manifest], patch: Manifest) -> None:
 
 
 def merge(base: Any, patch: Any, name: str = "") -> Any:
-    """A strategic merge: mappings by key, lists of `MERGE_KEYS` by their elements' key (new ones first), others whole."""
+    """A strategic merge: mappings by key, lists of `MERGE_KEYS` by element, new ones first, others whole."""
     if isinstance(base, dict) and isinstance(patch, dict):
         if any(key.startswith("$") for key in patch) or None in patch.values():
             raise ValueError(f"{name}: directives and null are not known here")

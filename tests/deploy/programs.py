@@ -30,10 +30,19 @@ def run_linter(name: str, *arguments: str | Path) -> str:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of `graft`; raises ValueError with argparse's message if a flag or value does not exist."""
     parser = build_parser()
+    _refuse_abbreviations(parser)
     try:
         return parser.parse_args(arguments)
     except SystemExit as error:
         raise ValueError(f"graft {' '.join(arguments)}: refused") from error
+
+
+def _refuse_abbreviations(parser: argparse.ArgumentParser) -> None:
+    parser.allow_abbrev = False
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                _refuse_abbreviations(inner)
 
 
 def serve_defaults() -> argparse.Namespace:
@@ -42,6 +51,6 @@ def serve_defaults() -> argparse.Namespace:
 
 
 def own_variables() -> set[str]:
-    """The environment variables that `runtime.env` reads."""
+    """The environment variables that `runtime.env` reads, or sets for processes that it starts."""
     source = (ROOT / "runtime" / "env.py").read_text(encoding="utf-8")
     return set(re.findall(r'"([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)"', source))

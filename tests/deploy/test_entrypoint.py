@@ -11,7 +11,10 @@ import pytest
 from tests.deploy.programs import DEPLOY, run_linter
 
 ENTRYPOINT = DEPLOY / "docker" / "ascend-entrypoint.sh"
-GRAFT = '#!/bin/bash\nprintf "%s\\n" "pid $$" "path ${LD_LIBRARY_PATH}" "cann ${CANN:-}" "nnal ${NNAL:-}" "$@"\nexit 7\n'
+GRAFT = """#!/bin/bash
+printf "%s\\n" "pid $$" "path ${LD_LIBRARY_PATH}" "cann ${CANN:-}" "nnal ${NNAL:-}" "$@"
+exit 7
+"""
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ import pytest
 
 from runtime.commands.serve import build_config
 from runtime.server.health import GENERATION_SERVICE
+from runtime.version import version
+from tests.deploy.dockerfile import arguments, read_dockerfile
 from tests.deploy.kustomize import Manifest, build, kustomization, read_manifests
 from tests.deploy.programs import DEPLOY, own_variables, parse
 
@@ -116,8 +118,9 @@ def test_ports_are_those_of_the_server(name: str) -> None:
     options = _options(name)
     ports = {port["name"]: port["containerPort"] for port in _server(name)["ports"]}
     assert ports == {"grpc": options.grpc_port, "http": options.http_port}
-    service = {port["name"]: (port["port"], port["targetPort"]) for port in _manifests(name)["Service/graft"]["spec"]["ports"]}
-    assert service == {"grpc": (options.grpc_port, "grpc"), "http": (options.http_port, "http")}
+    service = _manifests(name)["Service/graft"]["spec"]["ports"]
+    targets = {port["name"]: (port["port"], port["targetPort"]) for port in service}
+    assert targets == {"grpc": (options.grpc_port, "grpc"), "http": (options.http_port, "http")}
     rules = _manifests(name)["NetworkPolicy/graft"]["spec"]["ingress"]
     assert [port["port"] for rule in rules for port in rule["ports"]] == ["grpc", "http"]
     annotations = _manifests(name)["Deployment/graft"]["spec"]["template"]["metadata"]["annotations"]
@@ -169,8 +172,9 @@ def test_only_scratch_space_is_writable_and_every_mount_has_its_volume(name: str
     assert {mount["name"] for mount in mounts} == set(volumes)
     writable = {mount["mountPath"] for mount in mounts if not mount.get("readOnly")}
     assert writable == {"/tmp", "/home/graft", "/dev/shm"}
-    claims = {volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "persistentVolumeClaim" in volume}
-    assert {f"PersistentVolumeClaim/{claim}" for claim in claims} <= set(_manifests(name))
+    claims = [volume["persistentVolumeClaim"] for volume in volumes.values() if "persistentVolumeClaim" in volume]
+    assert len(claims) == 2
+    assert {f"PersistentVolumeClaim/{claim['claimName']}" for claim in claims} <= set(_manifests(name))
     assert Path(_settings(name)["MODEL"]).parent == Path("/models")
     assert _options(name).adapters_root == Path("/adapters")
 
@@ -179,7 +183,7 @@ def test_only_scratch_space_is_writable_and_every_mount_has_its_volume(name: str
 def test_images_are_those_of_the_dockerfiles_with_a_fixed_tag(name: str) -> None:
     image, _, tag = _server(name)["image"].rpartition(":")
     assert image.split("/")[-1] == "graft"
-    assert re.fullmatch(r"(cpu|ascend-a[23])-\d+\.\d+\.\d+", tag)
+    assert re.fullmatch(rf"(cpu|ascend-a[23])-{re.escape(version())}", tag)
 
 
 @both
@@ -201,4 +205,11 @@ def test_the_ascend_overlay_asks_for_a_device_and_mounts_the_driver_read_only() 
     mounts = {mount["name"]: mount for mount in _server("ascend")["volumeMounts"]}
     assert {mounts[volume]["mountPath"] for volume in host} == set(host.values())
     assert all(mounts[volume]["readOnly"] for volume in host)
-    assert {"/usr/local/Ascend/driver/lib64", "/usr/local/Ascend/driver/version.info", "/usr/local/dcmi"} <= set(host.values())
+    assert {f"/usr/local/{path}" for path in ("Ascend/driver/lib64", "Ascend/driver/version.info", "dcmi")} <= {
+        *host.values()
+    }
+
+
+def test_the_user_is_in_the_group_of_the_device_nodes_in_the_image_and_in_the_pod() -> None:
+    group = arguments(read_dockerfile(DEPLOY / "docker" / "ascend.Dockerfile"))["ASCEND_GID"]
+    assert _pod("ascend")["securityContext"]["supplementalGroups"] == [int(group)]
