@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,10 @@ from runtime.commands.serve import build_config
 from runtime.server.health import GENERATION_SERVICE
 from runtime.version import version
 from tests.deploy.dockerfile import arguments, read_dockerfile
-from tests.deploy.kustomize import Manifest, build, kustomization, read_manifests
-from tests.deploy.programs import DEPLOY, own_variables, parse
+from tests.deploy.kustomize import kustomization, read_manifests
+from tests.deploy.manifests import FOLDERS, KUBERNETES, container_of, manifests_of, options_of, pod_of, settings_of
+from tests.deploy.programs import DEPLOY, own_variables
 
-KUBERNETES = DEPLOY / "kubernetes"
-FOLDERS = {"base": KUBERNETES / "base", "ascend": KUBERNETES / "overlays" / "ascend"}
 FILES = sorted(path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml")
 # The first release in which gRPC probes are stable, and the newest whose schemas are at hand.
 VERSIONS = ("1.27", "1.37")
@@ -30,45 +27,15 @@ STOP_SECONDS = 15
 both = pytest.mark.parametrize("name", FOLDERS)
 
 
-@cache
-def _manifests(name: str) -> dict[str, Manifest]:
-    """By kind and name, without the hash that kustomize appends."""
-    built = build(FOLDERS[name])
-    return {f"{item['kind']}/{re.sub('-settings-.*', '-settings', item['metadata']['name'])}": item for item in built}
-
-
-def _pod(name: str) -> Manifest:
-    pod: Manifest = _manifests(name)["Deployment/graft"]["spec"]["template"]["spec"]
-    return pod
-
-
-def _server(name: str) -> Manifest:
-    (server,) = _pod(name)["containers"]
-    return dict(server)
-
-
-def _settings(name: str) -> dict[str, str]:
-    return dict(_manifests(name)["ConfigMap/graft-settings"]["data"])
-
-
-def _arguments(name: str) -> list[str]:
-    """The container's arguments, with $(NAME) replaced as the kubelet does."""
-    return [re.sub(r"\$\((\w+)\)", lambda found: _settings(name)[found[1]], part) for part in _server(name)["args"]]
-
-
-def _options(name: str) -> argparse.Namespace:
-    return parse(_arguments(name))
-
-
 def _probes(name: str) -> dict[str, Any]:
-    return {kind: _server(name)[kind] for kind in ("startupProbe", "readinessProbe", "livenessProbe")}
+    return {kind: container_of(name)[kind] for kind in ("startupProbe", "readinessProbe", "livenessProbe")}
 
 
 @both
 @pytest.mark.parametrize("version", VERSIONS)
 def test_kubernetes_schemas_accept_every_manifest(name: str, version: str) -> None:
-    assert len(_manifests(name)) == 6
-    for manifest in _manifests(name).values():
+    assert len(manifests_of(name)) == 6
+    for manifest in manifests_of(name).values():
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
@@ -82,14 +49,14 @@ def test_every_file_of_the_base_is_valid_by_itself_and_every_file_belongs_to_a_k
 
 
 def test_the_schemas_refuse_a_field_that_does_not_exist() -> None:
-    manifest = {**_manifests("base")["Service/graft"], "spec": {"port": 1}}
+    manifest = {**manifests_of("base")["Service/graft"], "spec": {"port": 1}}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(manifest, VERSIONS[-1], strict=True)
 
 
 @both
 def test_the_server_accepts_the_arguments_and_their_values(name: str, tmp_path: Path) -> None:
-    options = _options(name)
+    options = options_of(name)
     options.model = options.adapters_root = tmp_path
     config = build_config(options)
     assert config.adapters_root == tmp_path
@@ -99,10 +66,10 @@ def test_the_server_accepts_the_arguments_and_their_values(name: str, tmp_path: 
 
 @both
 def test_each_setting_is_named_after_its_flag_and_used(name: str) -> None:
-    passed = dict(re.findall(r"^--([a-z-]+)=\$\((\w+)\)$", "\n".join(_server(name)["args"]), re.MULTILINE))
+    passed = dict(re.findall(r"^--([a-z-]+)=\$\((\w+)\)$", "\n".join(container_of(name)["args"]), re.MULTILINE))
     assert {flag: flag.upper().replace("-", "_") for flag in passed} == passed
     positional = {"MODEL"}
-    assert set(_settings(name)) - own_variables() == set(passed.values()) | positional
+    assert set(settings_of(name)) - own_variables() == set(passed.values()) | positional
 
 
 @both
@@ -115,15 +82,15 @@ def test_variables_that_are_not_the_servers_own_stand_below_a_comment_that_says_
 
 @both
 def test_ports_are_those_of_the_server(name: str) -> None:
-    options = _options(name)
-    ports = {port["name"]: port["containerPort"] for port in _server(name)["ports"]}
+    options = options_of(name)
+    ports = {port["name"]: port["containerPort"] for port in container_of(name)["ports"]}
     assert ports == {"grpc": options.grpc_port, "http": options.http_port}
-    service = _manifests(name)["Service/graft"]["spec"]["ports"]
+    service = manifests_of(name)["Service/graft"]["spec"]["ports"]
     targets = {port["name"]: (port["port"], port["targetPort"]) for port in service}
     assert targets == {"grpc": (options.grpc_port, "grpc"), "http": (options.http_port, "http")}
-    rules = _manifests(name)["NetworkPolicy/graft"]["spec"]["ingress"]
+    rules = manifests_of(name)["NetworkPolicy/graft"]["spec"]["ingress"]
     assert [port["port"] for rule in rules for port in rule["ports"]] == ["grpc", "http"]
-    annotations = _manifests(name)["Deployment/graft"]["spec"]["template"]["metadata"]["annotations"]
+    annotations = manifests_of(name)["Deployment/graft"]["spec"]["template"]["metadata"]["annotations"]
     assert annotations["prometheus.io/port"] == str(options.http_port)
 
 
@@ -131,14 +98,14 @@ def test_ports_are_those_of_the_server(name: str) -> None:
 def test_probes_ask_the_port_and_the_service_names_that_serve_health(name: str) -> None:
     ports = {probe["grpc"]["port"] for probe in _probes(name).values()}
     services = {kind: probe["grpc"].get("service", "") for kind, probe in _probes(name).items()}
-    assert ports == {_options(name).grpc_port}
+    assert ports == {options_of(name).grpc_port}
     ready = GENERATION_SERVICE
     assert services == {"startupProbe": ready, "readinessProbe": ready, "livenessProbe": ""}
 
 
 @both
 def test_a_pod_is_killed_no_sooner_than_its_drain_ends(name: str) -> None:
-    options, grace = _options(name), _pod(name)["terminationGracePeriodSeconds"]
+    options, grace = options_of(name), pod_of(name)["terminationGracePeriodSeconds"]
     assert grace >= options.drain_timeout + STOP_SECONDS
     assert options.drain_delay < options.drain_timeout
     readiness = _probes(name)["readinessProbe"]
@@ -149,12 +116,12 @@ def test_a_pod_is_killed_no_sooner_than_its_drain_ends(name: str) -> None:
 def test_a_rollout_waits_longer_than_a_start_may_take(name: str) -> None:
     startup = _probes(name)["startupProbe"]
     longest = startup["periodSeconds"] * startup["failureThreshold"]
-    assert _manifests(name)["Deployment/graft"]["spec"]["progressDeadlineSeconds"] > longest
+    assert manifests_of(name)["Deployment/graft"]["spec"]["progressDeadlineSeconds"] > longest
 
 
 @both
 def test_the_pod_has_no_rights_that_it_does_not_need(name: str) -> None:
-    pod, server = _pod(name), _server(name)
+    pod, server = pod_of(name), container_of(name)
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] > 0
     assert pod["automountServiceAccountToken"] is False
@@ -167,28 +134,28 @@ def test_the_pod_has_no_rights_that_it_does_not_need(name: str) -> None:
 
 @both
 def test_only_scratch_space_is_writable_and_every_mount_has_its_volume(name: str) -> None:
-    volumes = {volume["name"]: volume for volume in _pod(name)["volumes"]}
-    mounts = _server(name)["volumeMounts"]
+    volumes = {volume["name"]: volume for volume in pod_of(name)["volumes"]}
+    mounts = container_of(name)["volumeMounts"]
     assert {mount["name"] for mount in mounts} == set(volumes)
     writable = {mount["mountPath"] for mount in mounts if not mount.get("readOnly")}
     assert writable == {"/tmp", "/home/graft", "/dev/shm"}
     claims = [volume["persistentVolumeClaim"] for volume in volumes.values() if "persistentVolumeClaim" in volume]
     assert len(claims) == 2
-    assert {f"PersistentVolumeClaim/{claim['claimName']}" for claim in claims} <= set(_manifests(name))
-    assert Path(_settings(name)["MODEL"]).parent == Path("/models")
-    assert _options(name).adapters_root == Path("/adapters")
+    assert {f"PersistentVolumeClaim/{claim['claimName']}" for claim in claims} <= set(manifests_of(name))
+    assert Path(settings_of(name)["MODEL"]).parent == Path("/models")
+    assert options_of(name).adapters_root == Path("/adapters")
 
 
 @both
 def test_images_are_those_of_the_dockerfiles_with_a_fixed_tag(name: str) -> None:
-    image, _, tag = _server(name)["image"].rpartition(":")
+    image, _, tag = container_of(name)["image"].rpartition(":")
     assert image.split("/")[-1] == "graft"
     assert re.fullmatch(rf"(cpu|ascend-a[23])-{re.escape(version())}", tag)
 
 
 @both
 def test_no_other_pod_takes_part_in_the_service(name: str) -> None:
-    manifests = _manifests(name)
+    manifests = manifests_of(name)
     deployment = manifests["Deployment/graft"]["spec"]
     labels = deployment["template"]["metadata"]["labels"]
     assert deployment["selector"]["matchLabels"] == labels
@@ -197,12 +164,13 @@ def test_no_other_pod_takes_part_in_the_service(name: str) -> None:
 
 
 def test_the_ascend_overlay_asks_for_a_device_and_mounts_the_driver_read_only() -> None:
-    resources = _server("ascend")["resources"]
+    resources = container_of("ascend")["resources"]
     devices = {kind: resources[kind]["huawei.com/Ascend910"] for kind in ("requests", "limits")}
     assert devices["requests"] == devices["limits"], "an extended resource cannot be overcommitted"
-    assert _options("ascend").device == "npu"
-    host = {volume["name"]: volume["hostPath"]["path"] for volume in _pod("ascend")["volumes"] if "hostPath" in volume}
-    mounts = {mount["name"]: mount for mount in _server("ascend")["volumeMounts"]}
+    assert options_of("ascend").device == "npu"
+    volumes = pod_of("ascend")["volumes"]
+    host = {volume["name"]: volume["hostPath"]["path"] for volume in volumes if "hostPath" in volume}
+    mounts = {mount["name"]: mount for mount in container_of("ascend")["volumeMounts"]}
     assert {mounts[volume]["mountPath"] for volume in host} == set(host.values())
     assert all(mounts[volume]["readOnly"] for volume in host)
     assert {f"/usr/local/{path}" for path in ("Ascend/driver/lib64", "Ascend/driver/version.info", "dcmi")} <= {
@@ -212,4 +180,4 @@ def test_the_ascend_overlay_asks_for_a_device_and_mounts_the_driver_read_only() 
 
 def test_the_user_is_in_the_group_of_the_device_nodes_in_the_image_and_in_the_pod() -> None:
     group = arguments(read_dockerfile(DEPLOY / "docker" / "ascend.Dockerfile"))["ASCEND_GID"]
-    assert _pod("ascend")["securityContext"]["supplementalGroups"] == [int(group)]
+    assert pod_of("ascend")["securityContext"]["supplementalGroups"] == [int(group)]
