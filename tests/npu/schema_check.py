@@ -52,7 +52,7 @@ def _path(node: ast.expr) -> tuple[str, ...]:
 
 @cache
 def _schemas() -> dict[str, list[Any]]:
-    """Operator name -> the schemas of its overloads that have a kernel on the bench or none (`.out` forms are left out)."""
+    """Operator name -> the schemas of its overloads, those that write into `out` left out."""
     found: dict[str, list[Any]] = {}
     for schema in torch._C._jit_get_all_schemas():
         namespace, _, name = schema.name.partition("::")
@@ -97,7 +97,8 @@ def _call_problems(call: ast.Call) -> Iterator[str]:
 def _argument_problems(call: ast.Call, schema: Any) -> Iterator[str]:
     name = schema.name.split("::")[1]
     positional = [argument.name for argument in schema.arguments if not argument.kwarg_only]
-    if any(isinstance(argument, ast.Starred) for argument in call.args) or any(word.arg is None for word in call.keywords):
+    starred = any(isinstance(argument, ast.Starred) for argument in call.args)
+    if starred or any(word.arg is None for word in call.keywords):
         yield f"{name}: arguments behind * or ** cannot be checked, write them out"
         return
     if len(call.args) > len(positional):

@@ -83,7 +83,8 @@ def test_joint_queries_of_192_go_without_rope_tensors() -> None:
 
 
 LAYOUTS = {"TND": (lambda x: x, lambda out: out), "TND_NTD": (lambda x: x, lambda out: out.transpose(0, 1)),
-           "BNSD": (lambda x: x[:, :, None], lambda out: out[:, :, 0]), "BSND": (lambda x: x[:, None], lambda out: out[:, 0]),
+           "BNSD": (lambda x: x[:, :, None], lambda out: out[:, :, 0]),
+           "BSND": (lambda x: x[:, None], lambda out: out[:, 0]),
            "BNSD_NBSD": (lambda x: x[:, :, None], lambda out: out[:, :, 0].transpose(0, 1)),
            "BSND_NBSD": (lambda x: x[:, None], lambda out: out[:, :, 0].transpose(0, 1))}
 
@@ -101,7 +102,8 @@ def test_decode_attends_over_each_sequences_own_blocks(operator: str, layout: st
     lay, unlay = LAYOUTS[layout]
     ends = {"q_lens": [1, 2, 3]} if layout.startswith("TND") else {}
     out, _ = attend(operator, lay(query), latents, latents, query_rope=lay(rope), key_rope=ropes, block_table=table,
-                    block_size=16, heads=4, num_key_value_heads=1, kv_lens=lens, scale=0.05, input_layout=layout, **ends)
+                    block_size=16, heads=4, num_key_value_heads=1, kv_lens=lens, scale=0.05,
+                    input_layout=layout, **ends)
     for row, (blocks, length) in enumerate(zip(table.tolist(), lens, strict=True)):
         latent = latents.view(6, 16, 512)[blocks].flatten(0, 1)[:length]
         keys = torch.cat((latent, ropes.view(6, 16, 64)[blocks].flatten(0, 1)[:length]), -1)
@@ -115,8 +117,9 @@ def test_several_queries_of_a_sequence_decode_causally() -> None:
     latents, ropes = halves(4, 1, 16, 512), halves(4, 1, 16, 64)
     query, rope = halves(3, 2, 512), halves(3, 2, 64)
     out, _ = attend("npu_fused_infer_attention_score", query, latents, latents, query_rope=rope, key_rope=ropes,
-                    block_table=torch.tensor([[3, 1]], dtype=torch.int32), block_size=16, heads=2, num_key_value_heads=1,
-                    q_lens=[3], kv_lens=[20], scale=0.05, input_layout="TND", sparse_mode=3, atten_mask=causal_mask())
+                    block_table=torch.tensor([[3, 1]], dtype=torch.int32), block_size=16, heads=2,
+                    num_key_value_heads=1, q_lens=[3], kv_lens=[20], scale=0.05, input_layout="TND", sparse_mode=3,
+                    atten_mask=causal_mask())
     latent = latents[[3, 1], 0].flatten(0, 1)[:20]
     keys = torch.cat((latent, ropes[[3, 1], 0].flatten(0, 1)[:20]), -1)
     shared = [part[:, None].expand(-1, 2, -1) for part in (keys, latent)]
@@ -134,7 +137,8 @@ def test_training_attention_and_its_gradients_are_pytorchs(mode: str) -> None:
     wanted = functional.scaled_dot_product_attention(*parts, is_causal=mode != "none", scale=0.2)
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
     grad = torch.randn_like(out)
-    for found, right in zip(torch.autograd.grad(out, parts, grad), torch.autograd.grad(wanted, parts, grad), strict=True):
+    gradients = [torch.autograd.grad(result, parts, grad) for result in (out, wanted)]
+    for found, right in zip(*gradients, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
     assert highest.shape == total.shape == (2, 3, 6, 8) and highest.dtype == torch.float32
     assert [type(number) for number in numbers] == [int, int, int]
@@ -143,8 +147,9 @@ def test_training_attention_and_its_gradients_are_pytorchs(mode: str) -> None:
 def test_partial_attentions_join_to_the_whole() -> None:
     torch.manual_seed(0)
     scores, values = torch.randn(10, 12), torch.randn(12, 16)
-    parts = [(scores[:, keys].logsumexp(-1), scores[:, keys].softmax(-1) @ values[keys]) for keys in (slice(5), slice(5, 12))]
-    lse, outs = [part[0] for part in parts], [part[1] for part in parts]
+    shares = (slice(5), slice(5, 12))
+    lse = [scores[:, keys].logsumexp(-1) for keys in shares]
+    outs = [scores[:, keys].softmax(-1) @ values[keys] for keys in shares]
     out, joined = run_as_meta_says("npu_attention_update", lse, outs, 1)
     torch.testing.assert_close(out, scores.softmax(-1) @ values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(joined, scores.logsumexp(-1), rtol=1e-5, atol=1e-5)

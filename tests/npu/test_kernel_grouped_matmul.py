@@ -85,6 +85,7 @@ def test_the_adding_form_keeps_what_was_in_its_float32_accumulator() -> None:
     before = torch.randn(4, 24, 40)
     total = before.clone()
     result = run_as_meta_says("npu_grouped_matmul_add_", total, x, dy, group_list(0))
-    products = [one.float().T @ other.float() for one, other in zip(x[:8].split(COUNTS), dy[:8].split(COUNTS), strict=True)]
+    pairs = zip(x[:8].split(COUNTS), dy[:8].split(COUNTS), strict=True)
+    products = [one.float().T @ other.float() for one, other in pairs]
     torch.testing.assert_close(total, before + torch.stack(products), rtol=1e-5, atol=1e-5)
     assert result.data_ptr() == total.data_ptr()

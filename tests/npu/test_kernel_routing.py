@@ -40,7 +40,8 @@ def test_softmax_weights_are_not_renormalised_and_groups_count_by_their_best_exp
     torch.manual_seed(0)
     logits = torch.randn(16, 64)
     weights, experts, scores = run_as_meta_says(
-        "npu_moe_gating_top_k", logits, 6, k_group=3, group_count=8, norm_type=0, out_flag=True, routed_scaling_factor=16.0
+        "npu_moe_gating_top_k", logits, 6, k_group=3, group_count=8, norm_type=0, out_flag=True,
+        routed_scaling_factor=16.0,
     )
     for row, probabilities in enumerate(logits.softmax(-1)):
         groups = probabilities.view(8, 8).amax(1).topk(3).indices.tolist()

@@ -12,8 +12,8 @@ def test_a_grouped_product_reads_the_weights_of_groups_that_have_rows_only() -> 
     x, weight = torch.randn(8, 16), torch.randn(4, 16, 32)
     before = bench.calls["npu_grouped_matmul"]
     with bench.record() as launches:
-        torch_npu.npu_grouped_matmul([x], [weight], group_list=torch.tensor([2, 0, 4, 0]), group_list_type=1, group_type=0,
-                                     split_item=2)
+        torch_npu.npu_grouped_matmul([x], [weight], group_list=torch.tensor([2, 0, 4, 0]), group_list_type=1,
+                                     group_type=0, split_item=2)
     (launch,) = launches
     assert bench.calls["npu_grouped_matmul"] == before + 1
     assert launch.operator == "npu_grouped_matmul"
@@ -69,7 +69,7 @@ def test_a_causal_prefill_counts_the_pairs_below_the_diagonal() -> None:
     ropes = torch.zeros(5, 2, 64).bfloat16()
     with bench.record() as launches:
         torch_npu.npu_fused_infer_attention_score(
-            *parts, query_rope=ropes, key_rope=ropes, num_heads=2, num_key_value_heads=2, sparse_mode=3, atten_mask=mask,
-            actual_seq_lengths=[2, 5], actual_seq_lengths_kv=[2, 5], input_layout="TND",
+            *parts, query_rope=ropes, key_rope=ropes, num_heads=2, num_key_value_heads=2, sparse_mode=3,
+            atten_mask=mask, actual_seq_lengths=[2, 5], actual_seq_lengths_kv=[2, 5], input_layout="TND",
         )
     assert launches[0].flops == 2 * 2 * (3 + 6) * (192 + 128)

@@ -1,4 +1,4 @@
-"""The back-end's calls of torch_npu fit the real schemas and have kernels on the bench, and the kernels fit them too."""
+"""The back-end's calls of torch_npu fit the real schemas and have kernels on the bench; the kernels fit them too."""
 
 from __future__ import annotations
 

@@ -40,4 +40,4 @@ def test_a_missing_compiler_is_named(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert stubs.main([str(tmp_path / "out")]) == 1
-    assert "gcc, nm, readelf not found: stub libraries need gcc and binutils" in capsys.readouterr().err
+    assert "gcc, nm, readelf not found: the stubs need gcc and binutils" in capsys.readouterr().err

@@ -119,7 +119,7 @@ def _pairs(query_ends: list[int], kv_ends: list[int], *, causal: bool) -> int:
 
 def _fusion_attention(arguments: Arguments, out: Any) -> Traffic:
     query, key, value = arguments["query"], arguments["key"], arguments["value"]
-    pairs = query.shape[2] * key.shape[2] - (query.shape[2] * (query.shape[2] - 1) // 2 if arguments["sparse_mode"] else 0)
+    pairs = _pairs([query.shape[2]], [key.shape[2]], causal=arguments["sparse_mode"] != 0)
     flops = 2 * query.shape[0] * query.shape[1] * pairs * (query.shape[3] + value.shape[3])
     return Traffic(num_bytes([query, key, value, arguments["atten_mask"]]), num_bytes(tensors_in(out)), flops)
 
