@@ -21,7 +21,8 @@ def routed(x: Tensor, experts: Tensor, num_experts: int, **options: object) -> t
 
 def test_deepseek_v3s_router_is_sigmoid_with_bias_limited_to_groups_and_renormalised() -> None:
     torch.manual_seed(0)
-    logits, bias = torch.randn(64, 256), torch.randn(256) * 0.1 + 1
+    # A bias that makes every score negative shows whether experts of other groups lose to all, or count as zero.
+    logits, bias = torch.randn(64, 256), torch.randn(256) * 0.1 - 2
     weights, experts, _ = run_as_meta_says(
         "npu_moe_gating_top_k", logits, 8, bias=bias, k_group=4, group_count=8, group_select_mode=1, norm_type=1,
         routed_scaling_factor=2.5,
