@@ -156,16 +156,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_old(folder: Path, step: int, num_kept: int, best_step: int | None) -> None:
-    """Keep the newest ones up to `step` and the best; remove the others and what was left half written.
-
-    A later one is of a run that was given up for an earlier checkpoint.
-    """
-    newest = folder / f"{PREFIX}{step:08d}"
-    earlier = [path for path in checkpoints(folder) if path <= newest]
-    kept = set(earlier[-num_kept:]) | {folder / f"{PREFIX}{best_step or 0:08d}"}
-    for path in folder.iterdir():
-        if path not in kept and path.name.lstrip(".").startswith(PREFIX):
-            shutil.rmtree(path, ignore_errors=True)
+    """Of those up to `step` keep the newest and the best; remove the others and what was left half written."""
+    earlier = [path for path in checkpoints(folder) if path.name <= f"{PREFIX}{step:08d}"]
+    old = [path for path in earlier[:-num_kept] if path.name != f"{PREFIX}{best_step or 0:08d}"]
+    for path in (*old, *folder.glob(f".{PREFIX}*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _state_dict(
@@ -288,4 +283,8 @@ def _broken(path: Path, what: str) -> str:
 
 def _instead(path: Path) -> str:
     others = [other.name for other in checkpoints(path.parent) if other != path] if path.parent.is_dir() else []
-    return f"resume from another one ({', '.join(others[-3:])})" if others else "there is no other in that folder"
+    if not others:
+        return "there is no other in that folder"
+    if path.exists() and path.name > others[-1]:
+        return f"move it away, and --resume goes on from {others[-1]}"
+    return f"resume from another one ({', '.join(others[-3:])})"

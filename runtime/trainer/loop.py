@@ -36,7 +36,13 @@ from runtime.trainer.parameters import num_elements
 from runtime.trainer.pipeline import gradients_of
 from runtime.trainer.replicas import check_replicas, clip_gradients, gradient_norm, sum_gradients
 from runtime.trainer.results import RunReport, check_output, write_result
-from runtime.trainer.resume import check_same_inputs, check_same_run, find_checkpoint
+from runtime.trainer.resume import (
+    check_nothing_is_lost,
+    check_same_inputs,
+    check_same_run,
+    find_checkpoint,
+    is_own_checkpoint,
+)
 from runtime.trainer.step_data import row_width, step_data
 
 logger = logging.getLogger(__name__)
@@ -81,17 +87,19 @@ class Training:
         self.model: TrainedModel = prepare_model(config, self.base, mesh, device, self.data.documents, resumed)
         self.inputs = fingerprint(self.data.documents, self.data.evaluation, self.model.stage)
         self.optimizer = make_optimizer(self.model.parameters, config.optimizer)
-        self.step, self.best_loss, self.best_step = 0, None if resumed is None else resumed.best_loss, None
+        self.step, self.best_loss, self.best_step = 0, None, None
         if found is not None and resumed is not None:
             check_same_inputs(config, self.inputs, resumed.inputs)
             load_checkpoint(found, resumed.step, self.model.parameters, self.optimizer, mesh)
             check_replicas(self.model.parameters, mesh, resumed.step)
-            self.step, self.best_step = resumed.step, resumed.best_step
+            self.step = resumed.step
+            if is_own_checkpoint(found, config.output):  # elsewhere there is no adapter of the best one yet
+                self.best_loss, self.best_step = resumed.best_loss, resumed.best_step
         self._gradients = gradients_of(
             self.model.stage, config.num_micro_batches, config.micro_batch_rows * row_width(config)
         )
         self.report = together(
-            lambda: RunReport(config, self.base, self.model, mesh, self.data.num_steps, resumed), mesh.world
+            lambda: RunReport(config, self.base, self.model, mesh, self.data.num_steps, resumed, found), mesh.world
         )
         self._log_start()
 
@@ -153,6 +161,7 @@ class Training:
             return None, None
         resumed = open_checkpoint(found, self.mesh)
         check_same_run(config, resumed)
+        together(lambda: check_nothing_is_lost(found, config.output), world)
         return found, resumed
 
     def _read(self, data: RunData | None) -> tuple[DeepseekConfig, RunData]:

@@ -59,7 +59,9 @@ class RunReport:
         mesh: Mesh,
         num_steps: int,
         resumed: RunState | None,
+        found: Path | None,
     ) -> None:
+        """`resumed` is what the checkpoint `found` says, None for a new run; raises ValueError (`TrainingLog`)."""
         self._config, self._base, self._model, self._mesh, self._num_steps = config, base, model, mesh, num_steps
         self._log: TrainingLog | None = None
         self._peak: float | None = None
@@ -67,7 +69,9 @@ class RunReport:
         self._metrics: dict[str, float] = {}
         self._lora_size = LoraSize.of(tensor_infos(base, config, model.experts))
         if mesh.world.rank == 0:
-            self._log = TrainingLog(config.output, num_steps, resumed_step=None if resumed is None else resumed.step)
+            step = None if resumed is None else resumed.step
+            earlier = None if found is None else found.resolve().parent.parent / LOG_NAME
+            self._log = TrainingLog(config.output, num_steps, resumed_step=step, resumed_log=earlier)
             placement = model.stage.placement
             if config.measure_mfu:
                 self._peak = measure_peak(placement.device, placement.dtype) * mesh.world.size
