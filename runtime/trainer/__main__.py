@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.distributed.mesh import check_process_count, is_lost_connection, make_mesh, start_processes, stop_processes
+from runtime.distributed.parent import end_with_parent
 from runtime.env import configure_logging, process_rank
 from runtime.errors import GraftError
 from runtime.ops.platform import bind_process, open_device
@@ -29,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT",
                         help="go on from the newest checkpoint of the output folder, or from this one")  # fmt: skip
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # of processes that `graft train` starts
     options = parser.parse_args(arguments)
+    if options.parent is not None:
+        end_with_parent(options.parent)
     configure_logging()
     return train(options.config, options.set, options.resume)
 

@@ -18,6 +18,7 @@ SELECTIONS = ("gate_score", "token_share")
 OVERFLOWS = ("drop", "reroute")
 EXPORT_FORMATS = ("per-expert", "peft-v5")
 COMPUTE_DTYPES = ("bfloat16", "float32")
+CHECKPOINTS, ADAPTER, BEST_ADAPTER, CURVE = "checkpoints", "adapter", "adapter-best", "loss.png"  # in the output
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from runtime.trainer.checkpoint import (
     remove_old,
     save_checkpoint,
 )
-from runtime.trainer.config import TrainConfig
+from runtime.trainer.config import ADAPTER, BEST_ADAPTER, CHECKPOINTS, TrainConfig
 from runtime.trainer.config_file import as_plain
 from runtime.trainer.data.documents import Document, read_documents, split_documents
 from runtime.trainer.data.rows import RowStream
@@ -31,11 +32,11 @@ from runtime.trainer.evaluate import evaluate
 from runtime.trainer.fingerprint import fingerprint
 from runtime.trainer.model import TrainedModel, check_base_fits, prepare_model
 from runtime.trainer.optimizer import learning_rate, make_optimizer, set_learning_rate
-from runtime.trainer.output import ADAPTER, BEST_ADAPTER, CHECKPOINTS
+from runtime.trainer.output import OutputLock, check_output
 from runtime.trainer.parameters import num_elements
 from runtime.trainer.pipeline import gradients_of
 from runtime.trainer.replicas import check_replicas, clip_gradients, gradient_norm, sum_gradients
-from runtime.trainer.results import RunReport, check_output, write_result
+from runtime.trainer.results import RunReport, write_result
 from runtime.trainer.resume import (
     check_nothing_is_lost,
     check_same_inputs,
@@ -81,6 +82,15 @@ class Training:
         every process if on one.
         """
         self.config, self.mesh, self.device = config, mesh, device
+        self._held = ExitStack()
+        try:
+            self._prepare(resume, data)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, resume: str | None, data: RunData | None) -> None:
+        config, mesh, device = self.config, self.mesh, self.device
         keep_freed_memory(device)
         found, resumed = self._checkpoint_to_resume(resume)
         self.base, self.data = together(lambda: self._read(data), mesh.world)
@@ -101,6 +111,7 @@ class Training:
         self.report = together(
             lambda: RunReport(config, self.base, self.model, mesh, self.data.num_steps, resumed, found), mesh.world
         )
+        self._held.callback(self.report.close)
         self._log_start()
 
     def run(self) -> Path | None:
@@ -111,7 +122,11 @@ class Training:
                 self.after_step()
             return self._finish()
         finally:
-            self.report.close()
+            self.close()
+
+    def close(self) -> None:
+        """Close the log and let another run have the output."""
+        self._held.close()
 
     def train_step(self) -> float:
         """One optimizer step over `batch_rows` rows; the mean loss over its target tokens."""
@@ -154,6 +169,7 @@ class Training:
         def find() -> Path | None:
             if world.rank == 0:
                 check_output(config.output)
+                self._held.callback(OutputLock(config.output).release)
             return find_checkpoint(config.output, resume)
 
         found = together(find, world)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,14 +13,13 @@ from runtime.errors import GraftError
 from runtime.models.deepseek.config import DeepseekConfig
 from runtime.ops.platform import memory_peak_bytes
 from runtime.trainer.checkpoint import RunState
-from runtime.trainer.config import TrainConfig
-from runtime.trainer.config_file import ConfigError, as_plain
+from runtime.trainer.config import CURVE, TrainConfig
+from runtime.trainer.config_file import as_plain
 from runtime.trainer.evaluate import Evaluation
-from runtime.trainer.export.adapter_files import ExportOptions, check_adapter_folder, export_notes, write_adapter
+from runtime.trainer.export.adapter_files import ExportOptions, export_notes, write_adapter
 from runtime.trainer.export.card import model_card
 from runtime.trainer.gather import gather_adapter
 from runtime.trainer.model import TrainedModel
-from runtime.trainer.output import ADAPTER, BEST_ADAPTER, CURVE
 from runtime.trainer.plan import tensor_infos
 from runtime.trainer.report.curve import draw_curve
 from runtime.trainer.report.flops import LoraSize, measure_peak, mfu, step_flops
@@ -30,22 +28,6 @@ from runtime.trainer.report.progress import EvalRecord, StepRecord
 from runtime.trainer.step_data import Row, StepData
 
 logger = logging.getLogger(__name__)
-
-
-def check_output(output: Path) -> None:
-    """Make the folder; raises ConfigError if files cannot be written there, or an adapter would replace other files."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output) as probe:
-            probe.write(b"\0")
-    except OSError as cause:
-        reason = cause.strerror or str(cause)
-        raise ConfigError(f"output = {str(output)!r}: cannot be written ({reason}): choose another output") from None
-    try:
-        for name in (ADAPTER, BEST_ADAPTER):
-            check_adapter_folder(output / name)
-    except ValueError as cause:
-        raise ConfigError(f"output = {str(output)!r}: the run could not leave its adapter there: {cause}") from None
 
 
 class RunReport:

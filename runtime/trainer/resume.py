@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.trainer.checkpoint import CheckpointProblem, RunState, checkpoints
-from runtime.trainer.config import TrainConfig
+from runtime.trainer.config import CHECKPOINTS, TrainConfig
 from runtime.trainer.config_file import as_plain
-from runtime.trainer.output import CHECKPOINTS
 
 LATEST = "latest"
 # What does not change the result of a run; everything else must be as it was.

@@ -114,7 +114,7 @@ def carry_out(run: Run, mesh: Mesh) -> None:
     try:
         result_of(run, training, mesh, _scores)
     finally:
-        training.report.close()
+        training.close()
 
 
 def main(job: Path) -> int:
