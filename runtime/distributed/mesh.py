@@ -20,6 +20,10 @@ T = TypeVar("T")
 _CONNECTION_WORDS = ("gloo", "nccl", "hccl", "tcpstore")
 
 
+class MetByAll(ValueError):
+    """What one process met and all of them raise, so that one of them need tell it."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Some processes by global rank, in order, and this process's place among them; `handle` None: it is alone."""
@@ -111,10 +115,10 @@ def make_mesh(shape: MeshShape, rank: int = 0) -> Mesh:
 
 
 def check_process_count(shape: MeshShape, num_started: int) -> None:
-    """Raises ValueError if the mesh needs another number of processes; nobody has to be joined for that."""
+    """Raises MetByAll if the mesh needs another number of processes; nobody has to be joined for that."""
     if num_started != shape.num_processes:
         were = "process was" if num_started == 1 else "processes were"
-        raise ValueError(
+        raise MetByAll(
             f"{num_started} {were} started, but pp x dp x tp = {shape.pp} x {shape.dp} x {shape.tp} needs "
             f"{shape.num_processes}: change the number of processes or `parallel` in the configuration"
         )
@@ -146,7 +150,8 @@ def gather_objects(value: object, group: Group) -> list[object]:
 def together(work: Callable[[], T], group: Group) -> T:
     """The result of work that each process does alone; what fails on one is raised on all, so that none waits for it.
 
-    Raises the ValueError or OSError of this process, or a ValueError that names the process and says what it met.
+    Raises MetByAll with what this process met, or with what another one did and its number. A process alone raises its
+    ValueError or OSError as it is.
     """
     own: ValueError | OSError | None = None
     result = None
@@ -156,10 +161,10 @@ def together(work: Callable[[], T], group: Group) -> T:
         own = cause
     problems = gather_objects(None if own is None else str(own), group)
     if own is not None:
-        raise own
+        raise own if group.handle is None else MetByAll(str(own)) from own
     for rank, problem in zip(group.ranks, problems, strict=True):
         if problem is not None:
-            raise ValueError(f"process {rank}: {problem}")
+            raise MetByAll(f"process {rank}: {problem}")
     return cast(T, result)
 
 

@@ -9,16 +9,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.distributed.mesh import check_process_count, is_lost_connection, make_mesh, start_processes, stop_processes
+import torch
+
+from runtime.distributed.mesh import (
+    MetByAll,
+    check_process_count,
+    is_lost_connection,
+    make_mesh,
+    start_processes,
+    stop_processes,
+)
 from runtime.distributed.parent import end_with_parent
 from runtime.env import configure_logging, process_rank
 from runtime.errors import GraftError
 from runtime.ops.platform import bind_process, open_device
+from runtime.trainer.checkpoint import CheckpointProblem
 from runtime.trainer.config import TrainConfig
-from runtime.trainer.config_file import read_config
-from runtime.trainer.loop import Training
+from runtime.trainer.config_file import ConfigError, read_config
+from runtime.trainer.loop import Diverged, Training
 from runtime.trainer.mesh_shape import mesh_shape
 from runtime.trainer.replicas import ReplicasDiffer
+
+_MET_BY_ALL = (MetByAll, ConfigError, CheckpointProblem, Diverged, ReplicasDiffer)
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(config_path: Path, overrides: Sequence[str], resume: str | None) -> int:
-    """Run this process's part; problems that the user can mend are one sentence, told by process 0."""
+    """Run this process's part; problems that the user can mend are one sentence.
+
+    What all processes meet is told by one on each host, all else by the process that met it.
+    """
     rank, local_rank = 0, 0
     try:
         rank, world_size, local_rank = process_rank()
@@ -49,7 +64,7 @@ def train(config_path: Path, overrides: Sequence[str], resume: str | None) -> in
         return 130
     except (GraftError, ValueError, OSError, ReplicasDiffer) as error:
         logger.debug("the run ended", exc_info=True)
-        if local_rank == 0 or not isinstance(error, ValueError | ReplicasDiffer):  # those are met by all alike
+        if local_rank == 0 or not isinstance(error, _MET_BY_ALL):
             _tell(rank, str(error))
         return 1
     except RuntimeError as error:
@@ -69,10 +84,17 @@ def _train(config: TrainConfig, resume: str | None, rank: int, world_size: int, 
         logging.getLogger("runtime.trainer").setLevel(logging.WARNING)
     shape = mesh_shape(config.parallel)
     check_process_count(shape, world_size)
-    device = bind_process(open_device(config.device), local_rank)
+    device = bind_process(_device(config), local_rank)
     start_processes(device, rank, world_size)
     Training(config, make_mesh(shape, rank), device, resume).run()
     stop_processes()  # not after an error: taking groups apart while others fail can abort the process
+
+
+def _device(config: TrainConfig) -> torch.device:
+    try:
+        return open_device(config.device)
+    except ValueError as cause:
+        raise ConfigError(str(cause)) from None
 
 
 def _tell(rank: int, message: str) -> None:

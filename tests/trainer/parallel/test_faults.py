@@ -123,7 +123,7 @@ def test_what_only_one_process_met_ends_all_and_is_told_with_its_number(outcome:
     """Process 0 alone writes, so it alone finds that the output cannot be written."""
     own, other = outcome.errors("no output")
     said = "output = '/proc/out': cannot be written (No such file or directory): choose another output"
-    assert (own, other) == (f"ConfigError: {said}", f"ValueError: process 0: {said}")
+    assert (own, other) == (f"MetByAll: {said}", f"MetByAll: process 0: {said}")
 
 
 @pytest.mark.parametrize("name", ["disk full", "disk full on one"])

@@ -6,12 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 
+from runtime.distributed.mesh import MetByAll
 from runtime.trainer.__main__ import train
+from runtime.trainer.config_file import ConfigError
 from tests.trainer.runs.demo import MODEL, Graft, Said, finish, start, write_config
 
 
@@ -218,6 +221,27 @@ def test_a_wrong_number_of_processes_is_refused_without_waiting_for_them(
     config = write_config(tmp_path / "run.yaml", rows, tmp_path / "out", parallel={"tp": 2, "dp": 2}, batch_rows=4)
     status = train(config, [], None)
     check_one_message(Said(status, *capfd.readouterr()), *words)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MetByAll("all met this"), ""),
+        (ConfigError("all met this"), ""),
+        (ValueError("only here"), "graft train (process 3): only here\n"),
+        (OSError("only here"), "graft train (process 3): only here\n"),
+    ],
+)
+def test_what_only_a_later_process_of_a_host_met_is_told_by_it_and_what_all_met_is_not(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: Path,
+    error: Exception, told: str,
+) -> None:  # fmt: skip
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    config = write_config(tmp_path / "run.yaml", rows, tmp_path / "out")
+    with mock.patch("runtime.trainer.__main__._train", side_effect=error):
+        assert train(config, [], None) == 1
+    assert capfd.readouterr().err == told
 
 
 def test_the_command_as_a_process_of_its_own_ends_with_one_line(tmp_path: Path, rows: Path) -> None:
