@@ -6,6 +6,7 @@ multiple of tp: over the tp processes of one replica (they see the same tokens),
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,13 @@ import torch.distributed as dist
 from runtime.ops.platform import collective_backend
 
 T = TypeVar("T")
-_CONNECTION_WORDS = ("gloo", "nccl", "hccl", "tcpstore")
+# What Gloo, NCCL and torch's stores say of a process that is gone, silent or out of reach, in lower case.
+_LOST = re.compile(
+    r"connection (was likely )?(closed|reset|refused|timed out)|closed (by peer|the connection)|broken pipe"
+    r"|timed out waiting|timeout caused pair closure|(socket|connect|read|write) timeout|socket (unexpectedly )?closed"
+    r"|connectfullmesh failed|no route to host|remote process exited|ncclremoteerror|communicator was aborted"
+    r"|watchdog caught collective operation timeout"
+)
 
 
 class MetByAll(ValueError):
@@ -169,9 +176,16 @@ def together(work: Callable[[], T], group: Group) -> T:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether this is torch.distributed's way of saying that another process is gone or was never there."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in _CONNECTION_WORDS)
+    """Whether this is torch.distributed's way of saying that another process is gone or was never there.
+
+    Not what else its back-ends complain of: sizes that do not fit, devices that are used twice, memory. A pipeline
+    raises its own error because of such a one.
+    """
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return True
+    if isinstance(error, RuntimeError) and _LOST.search(str(error).lower()):
+        return True
+    return error.__cause__ is not None and is_lost_connection(error.__cause__)
 
 
 def barrier(group: Group) -> None:
