@@ -20,12 +20,13 @@ from runtime.distributed.mesh import (
     stop_processes,
 )
 from runtime.distributed.parent import end_with_parent
-from runtime.env import configure_logging, process_rank
+from runtime.env import configure_logging, num_local_processes, process_rank
 from runtime.errors import GraftError
 from runtime.ops.platform import bind_process, open_device
 from runtime.trainer.checkpoint import CheckpointProblem
 from runtime.trainer.config import TrainConfig
 from runtime.trainer.config_file import ConfigError, read_config
+from runtime.trainer.failures import describe_failure
 from runtime.trainer.loop import Diverged, Training
 from runtime.trainer.mesh_shape import mesh_shape
 from runtime.trainer.replicas import ReplicasDiffer
@@ -67,14 +68,13 @@ def train(config_path: Path, overrides: Sequence[str], resume: str | None) -> in
         if local_rank == 0 or not isinstance(error, _MET_BY_ALL):
             _tell(rank, str(error))
         return 1
-    except RuntimeError as error:
-        if not is_lost_connection(error):
+    except (RuntimeError, MemoryError) as error:
+        told = describe_failure(error)
+        if told is None:
             raise
         logger.debug("the run ended", exc_info=True)
-        if local_rank == 0:
-            reason = " ".join(str(error).split())[:150]
-            _tell(rank, f"another process of the run ended or cannot be reached ({reason}); --resume goes on from the "
-                        "newest checkpoint")  # fmt: skip
+        if local_rank == 0 or not is_lost_connection(error):
+            _tell(rank, told)
         return 1
     return 0
 
@@ -84,7 +84,9 @@ def _train(config: TrainConfig, resume: str | None, rank: int, world_size: int, 
         logging.getLogger("runtime.trainer").setLevel(logging.WARNING)
     shape = mesh_shape(config.parallel)
     check_process_count(shape, world_size)
-    device = bind_process(_device(config), local_rank)
+    device = _device(config)
+    _check_devices(device, local_rank)
+    device = bind_process(device, local_rank)
     start_processes(device, rank, world_size)
     Training(config, make_mesh(shape, rank), device, resume).run()
     stop_processes()  # not after an error: taking groups apart while others fail can abort the process
@@ -95,6 +97,18 @@ def _device(config: TrainConfig) -> torch.device:
         return open_device(config.device)
     except ValueError as cause:
         raise ConfigError(str(cause)) from None
+
+
+def _check_devices(device: torch.device, local_rank: int) -> None:
+    """Raises MetByAll, on all processes of the host, where one would find no accelerator of its own."""
+    if device.type == "cpu":
+        return
+    num_processes, num_devices = num_local_processes(local_rank), torch.get_device_module(device).device_count()
+    if num_processes > num_devices:
+        raise MetByAll(
+            f"{num_processes} processes were started on this host, which has {num_devices} of device = "
+            f"'{device.type}', and each needs its own: start fewer here and more on other hosts, or lower the sizes of `parallel`"
+        )
 
 
 def _tell(rank: int, message: str) -> None:

@@ -244,6 +244,53 @@ def test_what_only_a_later_process_of_a_host_met_is_told_by_it_and_what_all_met_
     assert capfd.readouterr().err == told
 
 
+def test_more_processes_than_devices_are_refused(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: Path
+) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    changes = {"parallel": {"dp": 4}, "batch_rows": 4, "device": "cuda"}
+    status = train(write_config(tmp_path / "run.yaml", rows, tmp_path / "out", **changes), [], None)
+    said = Said(status, *capfd.readouterr())
+    check_one_message(said, "4 processes were started on this host, which has 2 of device = 'cuda'", "start fewer here")
+
+
+CUDA_FULL = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 12.50 MiB is "
+    "free. Including non-PyTorch memory, this process has 79.09 GiB memory in use."
+)
+
+
+def run_out_of_memory() -> None:
+    torch.empty(2**50, dtype=torch.int8)
+
+
+def run_out_of_device_memory() -> None:
+    raise torch.OutOfMemoryError(CUDA_FULL)
+
+
+def run_out_in_a_pipeline() -> None:
+    raise RuntimeError("[Stage 0] failed to run forward") from torch.OutOfMemoryError(CUDA_FULL)
+
+
+@pytest.mark.parametrize(
+    ("work", "amount"),
+    [
+        (run_out_of_memory, "(1,048,576.00 GiB more were asked for)"),
+        (run_out_of_device_memory, "(20.00 MiB more were asked for, the device has 79.11 GiB)"),
+        (run_out_in_a_pipeline, "(20.00 MiB more were asked for, the device has 79.11 GiB)"),
+    ],
+)
+def test_memory_that_is_not_there_is_one_sentence(
+    graft: Graft, tmp_path: Path, rows: Path, work: Callable[[], None], amount: str
+) -> None:
+    with mock.patch("runtime.trainer.loop.gradients_of", return_value=lambda micro_batches: work()):
+        said = graft("train", write_config(tmp_path / "run.yaml", rows, tmp_path / "out"))
+    check_one_message(said, f"graft train: out of memory {amount}: lower micro_batch_rows", "activation_checkpointing")
+
+
 def test_the_command_as_a_process_of_its_own_ends_with_one_line(tmp_path: Path, rows: Path) -> None:
     path = write_config(tmp_path / "run.yaml", rows, tmp_path / "out")
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"stepz": 3}))
