@@ -107,7 +107,8 @@ def _check_devices(device: torch.device, local_rank: int) -> None:
     if num_processes > num_devices:
         raise MetByAll(
             f"{num_processes} processes were started on this host, which has {num_devices} of device = "
-            f"'{device.type}', and each needs its own: start fewer here and more on other hosts, or lower the sizes of `parallel`"
+            f"'{device.type}', and each needs its own: start fewer here and more on other hosts, or lower the sizes of "
+            "`parallel`"
         )
 
 

@@ -32,7 +32,7 @@ from runtime.trainer.evaluate import evaluate
 from runtime.trainer.fingerprint import fingerprint
 from runtime.trainer.model import TrainedModel, check_base_fits, prepare_model
 from runtime.trainer.optimizer import learning_rate, make_optimizer, set_learning_rate
-from runtime.trainer.output import OutputLock, check_output
+from runtime.trainer.output import OutputLock, check_output, check_shared
 from runtime.trainer.parameters import num_elements
 from runtime.trainer.pipeline import gradients_of
 from runtime.trainer.replicas import check_replicas, clip_gradients, gradient_norm, sum_gradients
@@ -166,13 +166,14 @@ class Training:
     def _checkpoint_to_resume(self, resume: str | None) -> tuple[Path | None, RunState | None]:
         config, world = self.config, self.mesh.world
 
-        def find() -> Path | None:
+        def take_output() -> None:
             if world.rank == 0:
                 check_output(config.output)
                 self._held.callback(OutputLock(config.output).release)
-            return find_checkpoint(config.output, resume)
 
-        found = together(find, world)
+        together(take_output, world)
+        check_shared(config.output, world)
+        found = together(lambda: find_checkpoint(config.output, resume), world)
         if found is None:
             return None, None
         resumed = open_checkpoint(found, self.mesh)

@@ -1,4 +1,4 @@
-"""The output folder of a run: whether it can be written, and that one run at a time writes there."""
+"""The output folder of a run: whether it can be written, is seen by all, and one run at a time writes there."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import logging
 import os
 import socket
 import tempfile
+import uuid
 from pathlib import Path
 
+from runtime.distributed.mesh import Group, MetByAll, gather_objects, together
 from runtime.trainer.config import ADAPTER, BEST_ADAPTER
 from runtime.trainer.config_file import ConfigError
 from runtime.trainer.export.adapter_files import check_adapter_folder
@@ -32,6 +34,23 @@ def check_output(output: Path) -> None:
             check_adapter_folder(output / name)
     except ValueError as cause:
         raise ConfigError(f"output = {str(output)!r}: the run could not leave its adapter there: {cause}") from None
+
+
+def check_shared(output: Path, world: Group) -> None:
+    """Raises MetByAll naming the processes that do not see what process 0 writes; every process calls this."""
+    token = output / str(gather_objects(f".shared-{uuid.uuid4().hex}", world)[0])  # never looked for before
+    together(lambda: token.touch() if world.rank == 0 else None, world)
+    try:
+        sees = gather_objects(token.exists(), world)
+    finally:
+        if world.rank == 0:
+            token.unlink(missing_ok=True)
+    blind = [str(rank) for rank, is_seen in zip(world.ranks, sees, strict=True) if not is_seen]
+    if blind:
+        raise MetByAll(
+            f"output = {str(output)!r}: process {', '.join(blind)} cannot see what process 0 writes there: choose a "
+            "folder that all hosts of the run share, by the same path"
+        )
 
 
 class OutputLock:

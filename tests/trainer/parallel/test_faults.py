@@ -67,6 +67,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     two = [
         run("no broadcast DP2", DP2, fault=faults.NO_BROADCAST, fails=True),
         run("no output", DP2, "/proc/out", fails=True),
+        run("unshared", DP2, fault=faults.UNSHARED, fails=True),
         run("linear", DP2, fault=faults.CHANGED_LINEAR, fails=True),
         run("expert", DP2, fault=faults.CHANGED_EXPERT, fails=True),
         run("disk full", DP2, fault=faults.DISK_FULL, stop_after=4),
@@ -124,6 +125,17 @@ def test_what_only_one_process_met_ends_all_and_is_told_with_its_number(outcome:
     own, other = outcome.errors("no output")
     said = "output = '/proc/out': cannot be written (No such file or directory): choose another output"
     assert (own, other) == (f"MetByAll: {said}", f"MetByAll: process 0: {said}")
+
+
+def test_an_output_that_one_process_does_not_see_is_refused_before_the_base_is_read(outcome: Outcome) -> None:
+    output = outcome.folder / "unshared"
+    for rank, error in enumerate(outcome.errors("unshared")):
+        own = f"{output}-elsewhere" if rank else output
+        assert error == (
+            f"MetByAll: output = '{own}': process 1 cannot see what process 0 writes there: choose a folder that all "
+            "hosts of the run share, by the same path"
+        )
+    assert [path.name for path in output.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("name", ["disk full", "disk full on one"])

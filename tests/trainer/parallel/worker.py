@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from runtime.trainer.initialise import distribute, draw
 from runtime.trainer.loop import RunData, Training
 from runtime.trainer.mesh_shape import mesh_shape
 from runtime.trainer.parameters import Side
-from tests.trainer.parallel.faults import fault_after_step, fault_at_start
+from tests.trainer.parallel.faults import UNSHARED, fault_after_step, fault_at_start
 
 NUM_DOCUMENTS = 40
 VOCAB_SIZE = 320
@@ -64,6 +64,8 @@ def start_training(run: Run, mesh: Mesh) -> Training:
     """A training whose B factors are not zero, so that A's first gradients count."""
     config = from_plain(run.config, "job")
     config.validate()
+    if run.fault == UNSHARED and mesh.world.rank:
+        config = replace(config, output=config.output.with_name(f"{config.output.name}-elsewhere"))
     longest = config.data.max_length // 2
     train = documents(1, longest)
     data = RunData(RowStream(train, config.data, config.seed), train, documents(2, longest), config.steps or 1)
