@@ -31,7 +31,9 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
-        raw = yaml.safe_load(content.decode("utf-8")) if len(content) <= MAX_CONFIG_BYTES else None
+        raw = _load(content.decode("utf-8")) if len(content) <= MAX_CONFIG_BYTES else None
+    except ConfigError as cause:
+        raise ConfigError(f"{path}: {cause}") from None
     except (OSError, *_NOT_YAML) as cause:
         raise ConfigError(f"{path}: cannot be read as YAML ({' '.join(str(cause).split())[:200]})") from None
     if len(content) > MAX_CONFIG_BYTES:
@@ -71,6 +73,26 @@ def from_plain(raw: Mapping[str, Any], where: str) -> TrainConfig:
     return typing.cast(TrainConfig, config)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key may stand twice in a mapping; PyYAML would take the last one and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                where = f"in line {line}" if lines[key.value] == line else f"in lines {lines[key.value]} and {line}"
+                raise ConfigError(f"{key.value} is set twice, {where}: remove one of them")
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -83,7 +105,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override!r}: {parent} is not a group of keys")
         node = child
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = _load(text)
+    except ConfigError as cause:
+        raise ConfigError(f"--set {override!r}: {cause}") from None
     except _NOT_YAML as cause:
         raise ConfigError(f"--set {override!r}: {' '.join(str(cause).split())[:200]}") from None
 

@@ -250,7 +250,7 @@ class Training:
 
 
 def read_run_data(config: TrainConfig, *, log: bool = False) -> RunData:
-    """Documents, rows and the number of steps; raises DataError or CheckpointError."""
+    """Documents, rows and the number of steps; raises DataError, CheckpointError, or ValueError if it is too short."""
     tokenizer = Tokenizer.from_dir(config.model)
     documents, report = read_documents(config.data.train, config.data, tokenizer)
     evaluation: list[Document] = []
@@ -266,6 +266,7 @@ def read_run_data(config: TrainConfig, *, log: bool = False) -> RunData:
     num_steps = config.steps
     if num_steps is None:
         num_steps = max(1, rows.num_rows(config.epochs or 1) // config.batch_rows)
+        config.optimizer.check_warmup(num_steps)
     return RunData(rows, documents, evaluation, num_steps)
 
 

@@ -49,6 +49,12 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "rows that do not divide": (["parallel.dp=2", "batch_rows=3"], ["batch_rows = 3", "micro_batch_rows x dp (2)"]),
     "stages without work": (["parallel.pp=4", "batch_rows=2"], ["batch_rows = 2", "so that every pipeline stage has"]),
     "rows longer than positions": (["data.max_length=1000000"], ["beyond the base's 163840 positions"]),
+    "a warm-up beyond the steps": (["optimizer.warmup_steps=7"], ["optimizer.warmup_steps = 7", "run's steps (6)"]),
+    "a warm-up beyond the epochs": (
+        ["steps=null", "epochs=1", "optimizer.warmup_steps=999"], ["warmup_steps = 999", "at most the run's steps"]
+    ),
+    "a pattern for what is not trained": (["lora.patterns.q_b_proj.rank=8"], ["'q_b_proj'", "add the module to lora."]),
+    "a key that is set twice": (["optimizer={lr: 1, lr: 2}"], ["--set", "lr is set twice, in line 1: remove one"]),
     "selection without experts": (["lora.targets=[o_proj]", "selection.threshold=0.5"], ["selection", "add experts"]),
 }
 
@@ -72,6 +78,9 @@ def test_settings_that_cannot_be_used_are_named(graft: Graft, tmp_path: Path, ro
         ("just a text", "expected keys and values at the top"),
         ("", "expected keys and values at the top"),
         ("\0\1", "cannot be read as YAML"),
+        ("steps: 1\nlora:\n  rank: 4\n  alpha: 8\n  rank: 8\n", ": rank is set twice, in lines 3 and 5: remove one"),
+        ("steps: 1\nseed: 2\n\nsteps: 2\n", ": steps is set twice, in lines 1 and 4: remove one of them"),
+        ("a: &x {rank: 4}\nsteps: 1\nlora: {<<: *x, rank: 8}\n", "a is not a setting"),
         ("steps: 5", "model is missing; output is missing; data is missing"),
         ("model: x\noutput: y\ndata: {train: []}\nsteps: 1", "model = 'x' is not allowed"),
     ],
