@@ -160,7 +160,8 @@ class Training:
         is_last = step == self.data.num_steps
         if self.data.evaluation and (is_last or (config.eval_every and step % config.eval_every == 0)):
             self._evaluate()
-        if config.save_every and (is_last or step % config.save_every == 0):
+        is_best = self.best_step == step
+        if config.save_every and (is_last or is_best or step % config.save_every == 0):
             self._save()
 
     def _checkpoint_to_resume(self, resume: str | None) -> tuple[Path | None, RunState | None]:
