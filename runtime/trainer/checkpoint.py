@@ -49,13 +49,14 @@ class CheckpointProblem(ValueError):
 class RunState:
     """Where a run stands: optimizer steps done, its settings, the experts that are trained (None: all).
 
-    `inputs`: digests of what the settings only name (`fingerprint`).
+    `inputs`: digests of what the settings only name (`fingerprint`). `metrics`: its newest numbers, for the model card.
     """
 
     step: int
     settings: Mapping[str, Any]
     experts: Mapping[int, tuple[int, ...]] | None
     inputs: Mapping[str, str]
+    metrics: Mapping[str, float]
     best_loss: float | None = None
     best_step: int | None = None
 
@@ -91,9 +92,9 @@ def read_run_state(path: Path) -> RunState:
         raw = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
         experts = raw["experts"]
         kept = None if experts is None else {int(layer): tuple(chosen) for layer, chosen in experts.items()}
-        return RunState(
-            int(raw["step"]), dict(raw["settings"]), kept, dict(raw["inputs"]), raw["best_loss"], raw["best_step"]
-        )
+        inputs, metrics = dict(raw["inputs"]), dict(raw["metrics"])
+        step, settings = int(raw["step"]), dict(raw["settings"])
+        return RunState(step, settings, kept, inputs, metrics, raw["best_loss"], raw["best_step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointProblem(_broken(path, f"{RUN_FILE} is missing or damaged")) from None
 
@@ -206,8 +207,8 @@ def _write(partial: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
 
 def _finish(partial: Path, path: Path, state: RunState) -> None:
     experts = None if state.experts is None else {str(layer): list(own) for layer, own in state.experts.items()}
-    run = {"step": state.step, "settings": state.settings, "experts": experts, "best_loss": state.best_loss,
-           "best_step": state.best_step, "inputs": state.inputs}  # fmt: skip
+    run = {"step": state.step, "settings": state.settings, "experts": experts, "inputs": state.inputs,
+           "metrics": state.metrics, "best_loss": state.best_loss, "best_step": state.best_step}  # fmt: skip
     (partial / RUN_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
     names = sorted(file.name for file in partial.iterdir())
     files = {name: ((partial / name).stat().st_size, _checksum(partial / name)) for name in names}

@@ -205,8 +205,10 @@ class Training:
     def _save(self) -> None:
         """A checkpoint that cannot be written is told; the earlier ones stay, and the next one is tried in its turn."""
         folder = self.config.output / CHECKPOINTS
-        settings = as_plain(self.config)
-        state = RunState(self.step, settings, self.model.experts, self.inputs, self.best_loss, self.best_step)
+        settings, metrics = as_plain(self.config), self.report.metrics()
+        state = RunState(
+            self.step, settings, self.model.experts, self.inputs, metrics, self.best_loss, self.best_step
+        )
         try:
             save_checkpoint(folder, state, self.model.parameters, self.optimizer, self.mesh)
         except CheckpointProblem as problem:

@@ -48,7 +48,7 @@ class RunReport:
         self._log: TrainingLog | None = None
         self._peak: float | None = None
         self._seconds: list[float] = []
-        self._metrics: dict[str, float] = {}
+        self._metrics: dict[str, float] = {} if resumed is None else dict(resumed.metrics)
         self._lora_size = LoraSize.of(tensor_infos(base, config, model.experts))
         if mesh.world.rank == 0:
             step = None if resumed is None else resumed.step

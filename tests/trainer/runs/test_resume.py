@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,11 @@ def test_a_run_killed_while_it_wrote_a_checkpoint_goes_on_from_the_one_before_wi
 
 def test_a_finished_run_that_is_resumed_writes_its_adapter_again(graft: Graft, tmp_path: Path, rows: Path) -> None:
     output = unbroken_run(graft, tmp_path, rows, **OPTIONS)
-    before, lines = adapter_bytes(output), losses(output)
-    (output / "adapter" / "adapter_model.safetensors").unlink()
+    before, lines, card = adapter_bytes(output), losses(output), (output / "adapter" / "README.md").read_text()
+    shutil.rmtree(output / "adapter")
     assert graft("train", tmp_path / "unbroken.yaml", "--resume").status == 0
     assert adapter_bytes(output) == before and losses(output) == lines
+    assert (output / "adapter" / "README.md").read_text() == card and "eval exact match" in card
 
 
 def test_going_back_over_later_checkpoints_is_refused_and_the_offered_folder_takes_the_run(
