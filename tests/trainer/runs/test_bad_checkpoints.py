@@ -166,16 +166,29 @@ def test_other_data_under_the_same_name_is_refused(graft: Graft, checkpoint: Pat
     ]
 
 
-def test_another_base_is_refused_and_the_same_one_elsewhere_is_not(
-    graft: Graft, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_the_same_base_elsewhere_is_taken(graft: Graft, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / "base")
+    assert graft("train", tmp_path / "run.yaml", "--resume", "--set", f"model={tmp_path / 'base'}").status == 0
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "model.layers.2.input_layernorm.weight",
+        "model.layers.3.self_attn.q_b_proj.weight",
+        "model.layers.1.self_attn.o_proj.weight",
+        "model.layers.1.mlp.shared_experts.up_proj.weight",
+        "model.layers.2.mlp.experts.5.down_proj.weight",
+        "model.embed_tokens.weight",
+    ],
+)
+def test_a_base_with_another_weight_is_refused(graft: Graft, checkpoint: Path, tmp_path: Path, changed: str) -> None:
     from safetensors.torch import load_file, save_file
 
     base = tmp_path / "base"
     shutil.copytree(MODEL, base)
-    assert graft("train", tmp_path / "run.yaml", "--resume", "--set", f"model={base}").status == 0
     tensors = load_file(base / "model.safetensors")
-    tensors["model.layers.2.input_layernorm.weight"] *= 1.5
+    tensors[changed] *= 1.5
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     said = graft("train", tmp_path / "run.yaml", "--resume", "--set", f"model={base}")
     assert said.status == 1
