@@ -15,6 +15,7 @@ import yaml
 from runtime.trainer.config import TrainConfig
 
 MAX_CONFIG_BYTES = 1 << 20
+_MERGE = "tag:yaml.org,2002:merge"  # the key <<
 # PyYAML raises ValueError for what looks like a date and is none, RecursionError for deep nesting.
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
@@ -73,24 +74,32 @@ def from_plain(raw: Mapping[str, Any], where: str) -> TrainConfig:
     return typing.cast(TrainConfig, config)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which no key may stand twice in a mapping; PyYAML would take the last one and say nothing."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                where = f"in line {line}" if lines[key.value] == line else f"in lines {lines[key.value]} and {line}"
-                raise ConfigError(f"{key.value} is set twice, {where}: remove one of them")
-            lines[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
 def _load(text: str) -> Any:
-    return yaml.load(text, _Loader)
+    """What YAML says, if no key stands twice in a mapping: PyYAML would take the last one and say nothing."""
+    waiting, seen = [yaml.compose(text, Loader=yaml.SafeLoader)], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:  # named by an alias once more
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+            waiting += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+    return yaml.safe_load(text)
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+            continue
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            where = f"in line {line}" if lines[key.value] == line else f"in lines {lines[key.value]} and {line}"
+            raise ConfigError(f"{key.value} is set twice, {where}: remove one of them")
+        lines[key.value] = line
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
