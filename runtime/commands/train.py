@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--publish HOST:PORT and --name NAME go together")
     config = read_config(options.config, options.set)
     if options.dry_run:
-        from runtime.trainer.planned import describe  # torch takes seconds to import
+        from runtime.trainer.report.dry_run import describe  # torch takes seconds to import
 
         sys.stdout.write(describe(config) + "\n")
         return 0

@@ -28,8 +28,8 @@ from runtime.trainer.config import TrainConfig
 from runtime.trainer.config_file import ConfigError, read_config
 from runtime.trainer.failures import describe_failure
 from runtime.trainer.loop import Diverged, Training
-from runtime.trainer.mesh_shape import mesh_shape
 from runtime.trainer.replicas import ReplicasDiffer
+from runtime.trainer.stage import mesh_shape
 
 _MET_BY_ALL = (MetByAll, ConfigError, CheckpointProblem, Diverged, ReplicasDiffer)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import warnings
 import zlib
@@ -29,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from runtime.distributed.mesh import Mesh, barrier, gather_objects
-from runtime.trainer.export.folder import move_into_place
+from runtime.trainer.export.folder import force_to_disk, move_into_place
 from runtime.trainer.parameters import LoraParameter
 
 PREFIX = "step-"
@@ -115,7 +114,7 @@ def check_files(path: Path) -> None:
         file = path / name
         if not file.is_file():
             raise CheckpointProblem(_broken(path, f"{name} is missing"))
-        if file.stat().st_size != size or _checksum(file) != checksum:
+        if file.stat().st_size != size or _file_checksum(file) != checksum:
             raise CheckpointProblem(_broken(path, f"{name} is not what was written"))
 
 
@@ -211,23 +210,15 @@ def _finish(partial: Path, path: Path, state: RunState) -> None:
            "metrics": state.metrics, "best_loss": state.best_loss, "best_step": state.best_step}  # fmt: skip
     (partial / RUN_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
     names = sorted(file.name for file in partial.iterdir())
-    files = {name: ((partial / name).stat().st_size, _checksum(partial / name)) for name in names}
+    files = {name: ((partial / name).stat().st_size, _file_checksum(partial / name)) for name in names}
     (partial / FILES_FILE).write_text(json.dumps(files, indent=1), encoding="utf-8")
     for file in (*partial.iterdir(), partial):
-        _force_to_disk(file)
+        force_to_disk(file)
     move_into_place(partial, path)
     shutil.rmtree(partial, ignore_errors=True)  # what was there before
 
 
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _checksum(path: Path) -> int:
+def _file_checksum(path: Path) -> int:
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

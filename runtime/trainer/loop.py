@@ -36,7 +36,8 @@ from runtime.trainer.output import OutputLock, check_output, check_shared
 from runtime.trainer.parameters import num_elements
 from runtime.trainer.pipeline import gradients_of
 from runtime.trainer.replicas import check_replicas, clip_gradients, gradient_norm, sum_gradients
-from runtime.trainer.results import RunReport, write_result
+from runtime.trainer.report.run_report import RunReport
+from runtime.trainer.results import write_result
 from runtime.trainer.resume import (
     check_nothing_is_lost,
     check_same_inputs,

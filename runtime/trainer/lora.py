@@ -94,9 +94,8 @@ class LoraGroupedExperts(nn.Module):
         widths: tuple[int, int],
         placement: Placement,
         spec: LoraSpec | None,
-        adapted: Sequence[int] | None = None,
     ) -> None:
-        """`experts`: their global indices. `widths`: (hidden, expert width). `adapted` None: all of them."""
+        """`experts`: their global indices. `widths`: (hidden, expert width). All are adapted if there is a `spec`."""
         super().__init__()
         hidden, width = widths
         self.name, self.experts, self.widths = name, tuple(experts), widths
@@ -105,7 +104,7 @@ class LoraGroupedExperts(nn.Module):
         self.w2 = placement.empty(len(experts), hidden, width)
         self.spec: LoraSpec | None = None
         self.adapted: tuple[int, ...] = ()
-        self.set_factors(spec, self.experts if adapted is None else adapted)
+        self.set_factors(spec, self.experts)
 
     def set_factors(self, spec: LoraSpec | None, adapted: Sequence[int]) -> None:
         """Make room for the factors of those of `adapted` (global indices) that lie here, all zeros."""

@@ -25,7 +25,7 @@ def check_replicas(parameters: Sequence[LoraParameter], mesh: Mesh, step: int) -
     """Compare checksums of every factor over the processes that hold it; raises ReplicasDiffer on all of them."""
     problems: list[str] = []
     for group, members in _by_replicas(parameters, mesh):
-        sums_P = torch.stack([_checksum(parameter.tensor) for parameter in members])
+        sums_P = torch.stack([_factor_checksum(parameter.tensor) for parameter in members])
         low, high = sums_P.clone(), sums_P.clone()
         dist.all_reduce(low, dist.ReduceOp.MIN, group=group.handle)
         dist.all_reduce(high, dist.ReduceOp.MAX, group=group.handle)
@@ -98,7 +98,7 @@ def _sum_bucket(bucket: list[tuple[LoraParameter, Tensor]], group: Group, mesh: 
         grad.copy_(part.view_as(grad))
 
 
-def _checksum(tensor: Tensor) -> Tensor:
+def _factor_checksum(tensor: Tensor) -> Tensor:
     """A sum over the bits, weighted by position: a swap or a single other bit changes it."""
     bits = tensor.detach().contiguous().view(torch.int32).flatten().to(torch.int64)
     weights = torch.arange(1, bits.numel() + 1, device=bits.device) * 2 + 1

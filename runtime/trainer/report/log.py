@@ -85,7 +85,7 @@ class TrainingLog:
         logger.info("%s", format_evaluation(record, self._total_steps))
 
     def event(self, step: int, name: str, **values: str | float | bool | None) -> None:
-        """Log something that happened once, such as a start, a checkpoint or the best evaluation; shows nothing."""
+        """Log something that happened once, such as the end of a run with its peak memory; shows nothing."""
         self._append("event", {"step": step, "event": name, **values})
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from runtime.distributed.mesh import make_mesh
 from runtime.trainer.checkpoint import check_files, checkpoints
 from runtime.trainer.config_file import from_plain
-from runtime.trainer.mesh_shape import mesh_shape
+from runtime.trainer.stage import mesh_shape
 from tests.conftest import RecordNumber
 from tests.trainer.parallel import faults
 from tests.trainer.parallel.base import OPTIONS, build_base, plain_config

@@ -24,8 +24,8 @@ from runtime.trainer.data.rows import RowStream
 from runtime.trainer.gather import gather_adapter
 from runtime.trainer.initialise import distribute, draw
 from runtime.trainer.loop import RunData, Training
-from runtime.trainer.mesh_shape import mesh_shape
 from runtime.trainer.parameters import Side
+from runtime.trainer.stage import mesh_shape
 from tests.trainer.parallel.faults import UNSHARED, fault_after_step, fault_at_start
 
 NUM_DOCUMENTS = 40

@@ -14,7 +14,7 @@ from runtime.models.deepseek.config import DeepseekConfig
 from runtime.trainer.config_file import read_config
 from runtime.trainer.gather import gather_adapter
 from runtime.trainer.loop import Training
-from runtime.trainer.mesh_shape import mesh_shape
+from runtime.trainer.stage import mesh_shape
 from tests.trainer.runs.demo import MODEL, OPTIONS, Graft, adapter_tensors, write_config
 
 PROJECTIONS = ("gate", "up", "down")
