@@ -60,9 +60,10 @@ def sum_gradients(parameters: Sequence[LoraParameter], mesh: Mesh) -> None:
 def gradient_norm(parameters: Sequence[LoraParameter], mesh: Mesh) -> float:
     """The norm over the whole adapter, every factor counted once."""
     total = torch.zeros((), dtype=torch.float64)
-    for parameter in parameters:
-        norm = torch.linalg.vector_norm(_gradient(parameter)).double().cpu()
-        total += norm**2 / parameter.replicas(mesh).size
+    if parameters:  # a pipeline stage may have nothing to train
+        norms_P = torch.stack([torch.linalg.vector_norm(_gradient(parameter)) for parameter in parameters])
+        sizes_P = torch.tensor([parameter.replicas(mesh).size for parameter in parameters])
+        total = (norms_P.cpu().double() ** 2 / sizes_P).sum()
     if mesh.world.handle is not None:
         dist.all_reduce(total, group=mesh.world.handle)
     return math.sqrt(float(total))
