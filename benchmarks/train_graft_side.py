@@ -64,7 +64,7 @@ def measure(arguments: argparse.Namespace, output: Path) -> SideResult:
         return training.train_step()
 
     result = run("graft", arguments, step, num_elements(training.model.parameters))
-    training.report.close()
+    training.close()
     return result
 
 

@@ -43,6 +43,11 @@ def process_rank() -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
+def num_local_processes(local_rank: int) -> int:
+    """Processes of the run on this host: as torchrun says, else all that a process of this local rank knows of."""
+    return max(_number("LOCAL_WORLD_SIZE", "1"), local_rank + 1)
+
+
 def _number(name: str, default: str) -> int:
     text = os.environ.get(name, default)
     if not text.isdecimal():
@@ -65,5 +70,6 @@ def processes_environment(environment: dict[str, str], num_processes: int) -> li
         port = free.getsockname()[1]
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     shared = {"OMP_NUM_THREADS": str(threads)} | environment
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes),
+               "LOCAL_WORLD_SIZE": str(num_processes)}  # fmt: skip
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
 import time
 
 from runtime.env import child_environment, is_started_by_torchrun, processes_environment
-from runtime.trainer.config import TrainConfig
+from runtime.trainer.config import ADAPTER, TrainConfig
 from runtime.trainer.config_file import ConfigError, read_config
-from runtime.trainer.output import ADAPTER
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0
@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--publish HOST:PORT and --name NAME go together")
     config = read_config(options.config, options.set)
     if options.dry_run:
-        from runtime.trainer.planned import describe  # torch takes seconds to import
+        from runtime.trainer.report.dry_run import describe  # torch takes seconds to import
 
         sys.stdout.write(describe(config) + "\n")
         return 0
@@ -43,7 +43,7 @@ def _train(options: argparse.Namespace, config: TrainConfig) -> int:
         from runtime.trainer.__main__ import train  # torch, which a process that only starts others does not need
 
         return train(options.config, options.set, options.resume)
-    command = [sys.executable, "-m", "runtime.trainer", str(options.config)]
+    command = [sys.executable, "-m", "runtime.trainer", str(options.config), f"--parent={os.getpid()}"]
     command += [f"--set={override}" for override in options.set]
     if options.resume is not None:
         command.append(f"--resume={options.resume}")

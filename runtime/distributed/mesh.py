@@ -6,6 +6,7 @@ multiple of tp: over the tp processes of one replica (they see the same tokens),
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,17 @@ import torch.distributed as dist
 from runtime.ops.platform import collective_backend
 
 T = TypeVar("T")
-_CONNECTION_WORDS = ("gloo", "nccl", "hccl", "tcpstore")
+# What Gloo, NCCL and torch's stores say of a process that is gone, silent or out of reach, in lower case.
+_LOST = re.compile(
+    r"connection (was likely )?(closed|reset|refused|timed out)|closed (by peer|the connection)|broken pipe"
+    r"|timed out waiting|timeout caused pair closure|(socket|connect|read|write) timeout|socket (unexpectedly )?closed"
+    r"|connectfullmesh failed|no route to host|remote process exited|ncclremoteerror|communicator was aborted"
+    r"|watchdog caught collective operation timeout"
+)
+
+
+class MetByAll(ValueError):
+    """What one process met and all of them raise, so that one of them need tell it."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +122,10 @@ def make_mesh(shape: MeshShape, rank: int = 0) -> Mesh:
 
 
 def check_process_count(shape: MeshShape, num_started: int) -> None:
-    """Raises ValueError if the mesh needs another number of processes; nobody has to be joined for that."""
+    """Raises MetByAll if the mesh needs another number of processes; nobody has to be joined for that."""
     if num_started != shape.num_processes:
         were = "process was" if num_started == 1 else "processes were"
-        raise ValueError(
+        raise MetByAll(
             f"{num_started} {were} started, but pp x dp x tp = {shape.pp} x {shape.dp} x {shape.tp} needs "
             f"{shape.num_processes}: change the number of processes or `parallel` in the configuration"
         )
@@ -146,7 +157,8 @@ def gather_objects(value: object, group: Group) -> list[object]:
 def together(work: Callable[[], T], group: Group) -> T:
     """The result of work that each process does alone; what fails on one is raised on all, so that none waits for it.
 
-    Raises the ValueError or OSError of this process, or a ValueError that names the process and says what it met.
+    Raises MetByAll with what this process met, or with what another one did and its number. A process alone raises its
+    ValueError or OSError as it is.
     """
     own: ValueError | OSError | None = None
     result = None
@@ -156,17 +168,24 @@ def together(work: Callable[[], T], group: Group) -> T:
         own = cause
     problems = gather_objects(None if own is None else str(own), group)
     if own is not None:
-        raise own
+        raise own if group.handle is None else MetByAll(str(own)) from own
     for rank, problem in zip(group.ranks, problems, strict=True):
         if problem is not None:
-            raise ValueError(f"process {rank}: {problem}")
+            raise MetByAll(f"process {rank}: {problem}")
     return cast(T, result)
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether this is torch.distributed's way of saying that another process is gone or was never there."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in _CONNECTION_WORDS)
+    """Whether this is torch.distributed's way of saying that another process is gone or was never there.
+
+    Not what else its back-ends complain of: sizes that do not fit, devices that are used twice, memory. A pipeline
+    raises its own error because of such a one.
+    """
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return True
+    if isinstance(error, RuntimeError) and _LOST.search(str(error).lower()):
+        return True
+    return error.__cause__ is not None and is_lost_connection(error.__cause__)
 
 
 def barrier(group: Group) -> None:

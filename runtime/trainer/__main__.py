@@ -9,15 +9,29 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.distributed.mesh import check_process_count, is_lost_connection, make_mesh, start_processes, stop_processes
-from runtime.env import configure_logging, process_rank
+import torch
+
+from runtime.distributed.mesh import (
+    MetByAll,
+    check_process_count,
+    is_lost_connection,
+    make_mesh,
+    start_processes,
+    stop_processes,
+)
+from runtime.distributed.parent import end_with_parent
+from runtime.env import configure_logging, num_local_processes, process_rank
 from runtime.errors import GraftError
 from runtime.ops.platform import bind_process, open_device
+from runtime.trainer.checkpoint import CheckpointProblem
 from runtime.trainer.config import TrainConfig
-from runtime.trainer.config_file import read_config
-from runtime.trainer.loop import Training
-from runtime.trainer.mesh_shape import mesh_shape
+from runtime.trainer.config_file import ConfigError, read_config
+from runtime.trainer.failures import describe_failure
+from runtime.trainer.loop import Diverged, Training
 from runtime.trainer.replicas import ReplicasDiffer
+from runtime.trainer.stage import mesh_shape
+
+_MET_BY_ALL = (MetByAll, ConfigError, CheckpointProblem, Diverged, ReplicasDiffer)
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT",
                         help="go on from the newest checkpoint of the output folder, or from this one")  # fmt: skip
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # of processes that `graft train` starts
     options = parser.parse_args(arguments)
+    if options.parent is not None:
+        end_with_parent(options.parent)
     configure_logging()
     return train(options.config, options.set, options.resume)
 
 
 def train(config_path: Path, overrides: Sequence[str], resume: str | None) -> int:
-    """Run this process's part; problems that the user can mend are one sentence, told by process 0."""
+    """Run this process's part; problems that the user can mend are one sentence.
+
+    What all processes meet is told by one on each host, all else by the process that met it.
+    """
     rank, local_rank = 0, 0
     try:
         rank, world_size, local_rank = process_rank()
@@ -45,17 +65,16 @@ def train(config_path: Path, overrides: Sequence[str], resume: str | None) -> in
         return 130
     except (GraftError, ValueError, OSError, ReplicasDiffer) as error:
         logger.debug("the run ended", exc_info=True)
-        if local_rank == 0 or not isinstance(error, ValueError | ReplicasDiffer):  # those are met by all alike
+        if local_rank == 0 or not isinstance(error, _MET_BY_ALL):
             _tell(rank, str(error))
         return 1
-    except RuntimeError as error:
-        if not is_lost_connection(error):
+    except (RuntimeError, MemoryError) as error:
+        told = describe_failure(error)
+        if told is None:
             raise
         logger.debug("the run ended", exc_info=True)
-        if local_rank == 0:
-            reason = " ".join(str(error).split())[:150]
-            _tell(rank, f"another process of the run ended or cannot be reached ({reason}); --resume goes on from the "
-                        "newest checkpoint")  # fmt: skip
+        if local_rank == 0 or not is_lost_connection(error):
+            _tell(rank, told)
         return 1
     return 0
 
@@ -65,10 +84,32 @@ def _train(config: TrainConfig, resume: str | None, rank: int, world_size: int, 
         logging.getLogger("runtime.trainer").setLevel(logging.WARNING)
     shape = mesh_shape(config.parallel)
     check_process_count(shape, world_size)
-    device = bind_process(open_device(config.device), local_rank)
+    device = _device(config)
+    _check_devices(device, local_rank)
+    device = bind_process(device, local_rank)
     start_processes(device, rank, world_size)
     Training(config, make_mesh(shape, rank), device, resume).run()
     stop_processes()  # not after an error: taking groups apart while others fail can abort the process
+
+
+def _device(config: TrainConfig) -> torch.device:
+    try:
+        return open_device(config.device)
+    except ValueError as cause:
+        raise ConfigError(str(cause)) from None
+
+
+def _check_devices(device: torch.device, local_rank: int) -> None:
+    """Raises MetByAll, on all processes of the host, where one would find no accelerator of its own."""
+    if device.type == "cpu":
+        return
+    num_processes, num_devices = num_local_processes(local_rank), torch.get_device_module(device).device_count()
+    if num_processes > num_devices:
+        raise MetByAll(
+            f"{num_processes} processes were started on this host, which has {num_devices} of device = "
+            f"'{device.type}', and each needs its own: start fewer here and more on other hosts, or lower the sizes of "
+            "`parallel`"
+        )
 
 
 def _tell(rank: int, message: str) -> None:

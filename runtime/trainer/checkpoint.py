@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import warnings
 import zlib
@@ -29,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from runtime.distributed.mesh import Mesh, barrier, gather_objects
-from runtime.trainer.export.folder import move_into_place
+from runtime.trainer.export.folder import force_to_disk, move_into_place
 from runtime.trainer.parameters import LoraParameter
 
 PREFIX = "step-"
@@ -49,13 +48,14 @@ class CheckpointProblem(ValueError):
 class RunState:
     """Where a run stands: optimizer steps done, its settings, the experts that are trained (None: all).
 
-    `inputs`: digests of what the settings only name (`fingerprint`).
+    `inputs`: digests of what the settings only name (`fingerprint`). `metrics`: its newest numbers, for the model card.
     """
 
     step: int
     settings: Mapping[str, Any]
     experts: Mapping[int, tuple[int, ...]] | None
     inputs: Mapping[str, str]
+    metrics: Mapping[str, float]
     best_loss: float | None = None
     best_step: int | None = None
 
@@ -91,9 +91,9 @@ def read_run_state(path: Path) -> RunState:
         raw = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
         experts = raw["experts"]
         kept = None if experts is None else {int(layer): tuple(chosen) for layer, chosen in experts.items()}
-        return RunState(
-            int(raw["step"]), dict(raw["settings"]), kept, dict(raw["inputs"]), raw["best_loss"], raw["best_step"]
-        )
+        inputs, metrics = dict(raw["inputs"]), dict(raw["metrics"])
+        step, settings = int(raw["step"]), dict(raw["settings"])
+        return RunState(step, settings, kept, inputs, metrics, raw["best_loss"], raw["best_step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointProblem(_broken(path, f"{RUN_FILE} is missing or damaged")) from None
 
@@ -114,7 +114,7 @@ def check_files(path: Path) -> None:
         file = path / name
         if not file.is_file():
             raise CheckpointProblem(_broken(path, f"{name} is missing"))
-        if file.stat().st_size != size or _checksum(file) != checksum:
+        if file.stat().st_size != size or _file_checksum(file) != checksum:
             raise CheckpointProblem(_broken(path, f"{name} is not what was written"))
 
 
@@ -156,16 +156,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_old(folder: Path, step: int, num_kept: int, best_step: int | None) -> None:
-    """Keep the newest ones up to `step` and the best; remove the others and what was left half written.
-
-    A later one is of a run that was given up for an earlier checkpoint.
-    """
-    newest = folder / f"{PREFIX}{step:08d}"
-    earlier = [path for path in checkpoints(folder) if path <= newest]
-    kept = set(earlier[-num_kept:]) | {folder / f"{PREFIX}{best_step or 0:08d}"}
-    for path in folder.iterdir():
-        if path not in kept and path.name.lstrip(".").startswith(PREFIX):
-            shutil.rmtree(path, ignore_errors=True)
+    """Of those up to `step` keep the newest and the best; remove the others and what was left half written."""
+    earlier = [path for path in checkpoints(folder) if path.name <= f"{PREFIX}{step:08d}"]
+    old = [path for path in earlier[:-num_kept] if path.name != f"{PREFIX}{best_step or 0:08d}"]
+    for path in (*old, *folder.glob(f".{PREFIX}*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _state_dict(
@@ -211,27 +206,19 @@ def _write(partial: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
 
 def _finish(partial: Path, path: Path, state: RunState) -> None:
     experts = None if state.experts is None else {str(layer): list(own) for layer, own in state.experts.items()}
-    run = {"step": state.step, "settings": state.settings, "experts": experts, "best_loss": state.best_loss,
-           "best_step": state.best_step, "inputs": state.inputs}  # fmt: skip
+    run = {"step": state.step, "settings": state.settings, "experts": experts, "inputs": state.inputs,
+           "metrics": state.metrics, "best_loss": state.best_loss, "best_step": state.best_step}  # fmt: skip
     (partial / RUN_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
     names = sorted(file.name for file in partial.iterdir())
-    files = {name: ((partial / name).stat().st_size, _checksum(partial / name)) for name in names}
+    files = {name: ((partial / name).stat().st_size, _file_checksum(partial / name)) for name in names}
     (partial / FILES_FILE).write_text(json.dumps(files, indent=1), encoding="utf-8")
     for file in (*partial.iterdir(), partial):
-        _force_to_disk(file)
+        force_to_disk(file)
     move_into_place(partial, path)
     shutil.rmtree(partial, ignore_errors=True)  # what was there before
 
 
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _checksum(path: Path) -> int:
+def _file_checksum(path: Path) -> int:
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -288,4 +275,8 @@ def _broken(path: Path, what: str) -> str:
 
 def _instead(path: Path) -> str:
     others = [other.name for other in checkpoints(path.parent) if other != path] if path.parent.is_dir() else []
-    return f"resume from another one ({', '.join(others[-3:])})" if others else "there is no other in that folder"
+    if not others:
+        return "there is no other in that folder"
+    if path.exists() and path.name > others[-1]:
+        return f"move it away, and --resume goes on from {others[-1]}"
+    return f"resume from another one ({', '.join(others[-3:])})"

@@ -18,6 +18,7 @@ SELECTIONS = ("gate_score", "token_share")
 OVERFLOWS = ("drop", "reroute")
 EXPORT_FORMATS = ("per-expert", "peft-v5")
 COMPUTE_DTYPES = ("bfloat16", "float32")
+CHECKPOINTS, ADAPTER, BEST_ADAPTER, CURVE = "checkpoints", "adapter", "adapter-best", "loss.png"  # in the output
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,11 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip_norm: float | None = 1.0
 
+    def check_warmup(self, num_steps: int) -> None:
+        """Raise ValueError if a run of that many steps would end before its rate is reached."""
+        fits = self.warmup_steps <= num_steps
+        _require(fits, "optimizer.warmup_steps", self.warmup_steps, f"at most the run's steps ({num_steps})")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -182,6 +188,8 @@ def _check_run(config: TrainConfig) -> None:
     one = (config.steps is None) != (config.epochs is None)
     _require(one, "steps, epochs", (config.steps, config.epochs), "exactly one of the two")
     _require(config.steps is None or config.steps >= 1, "steps", config.steps, ">= 1")
+    if config.steps is not None:
+        config.optimizer.check_warmup(config.steps)
     _require(config.epochs is None or 0 < config.epochs < math.inf, "epochs", config.epochs, "above 0")
     for name in ("batch_rows", "micro_batch_rows", "log_every", "keep_checkpoints"):
         _require(getattr(config, name) >= 1, name, getattr(config, name), ">= 1")

@@ -15,6 +15,7 @@ import yaml
 from runtime.trainer.config import TrainConfig
 
 MAX_CONFIG_BYTES = 1 << 20
+_MERGE = "tag:yaml.org,2002:merge"  # the key <<
 # PyYAML raises ValueError for what looks like a date and is none, RecursionError for deep nesting.
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
@@ -31,7 +32,9 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
-        raw = yaml.safe_load(content.decode("utf-8")) if len(content) <= MAX_CONFIG_BYTES else None
+        raw = _load(content.decode("utf-8")) if len(content) <= MAX_CONFIG_BYTES else None
+    except ConfigError as cause:
+        raise ConfigError(f"{path}: {cause}") from None
     except (OSError, *_NOT_YAML) as cause:
         raise ConfigError(f"{path}: cannot be read as YAML ({' '.join(str(cause).split())[:200]})") from None
     if len(content) > MAX_CONFIG_BYTES:
@@ -71,6 +74,34 @@ def from_plain(raw: Mapping[str, Any], where: str) -> TrainConfig:
     return typing.cast(TrainConfig, config)
 
 
+def _load(text: str) -> Any:
+    """What YAML says, if no key stands twice in a mapping: PyYAML would take the last one and say nothing."""
+    waiting, seen = [yaml.compose(text, Loader=yaml.SafeLoader)], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:  # named by an alias once more
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+            waiting += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+    return yaml.safe_load(text)
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+            continue
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            where = f"in line {line}" if lines[key.value] == line else f"in lines {lines[key.value]} and {line}"
+            raise ConfigError(f"{key.value} is set twice, {where}: remove one of them")
+        lines[key.value] = line
+
+
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -83,7 +114,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override!r}: {parent} is not a group of keys")
         node = child
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = _load(text)
+    except ConfigError as cause:
+        raise ConfigError(f"--set {override!r}: {cause}") from None
     except _NOT_YAML as cause:
         raise ConfigError(f"--set {override!r}: {' '.join(str(cause).split())[:200]}") from None
 

@@ -11,7 +11,7 @@ from runtime.distributed.mesh import gather_objects
 from runtime.layers.norm import RmsNorm
 from runtime.models.deepseek.router import Router
 from runtime.trainer.data.documents import Document
-from runtime.trainer.lora import LoraGroupedExperts
+from runtime.trainer.lora import LoraGroupedExperts, LoraParallelLinear, Split
 from runtime.trainer.stage import TrainingStage
 
 DIGEST_BYTES = 16
@@ -31,17 +31,23 @@ def _of_documents(documents: Sequence[Document]) -> str:
 
 
 def _of_base(stage: TrainingStage) -> str:
-    """Norms and routers, and the beginning of each routed expert: what lies whole on some process in every layout.
+    """Norms and routers, and the beginning of every matrix: what lies whole on some process in every layout.
 
-    Bases that differ in nothing but other weights are not told apart.
+    The first row; the first column of a matrix whose columns are split. Bases that differ in nothing but the rest of
+    their matrices are not told apart.
     """
     own: dict[str, str] = {}
     for name, module in stage.named_modules():
         if isinstance(module, RmsNorm | Router):
             own[name] = _of_tensor(module.weight)
+        elif isinstance(module, LoraParallelLinear) and stage.mesh.tp.rank == 0:
+            weight = module.base.weight
+            own[name] = _of_tensor(weight[:, 0] if module.split is Split.ROW else weight[0])
         elif isinstance(module, LoraGroupedExperts):
             for expert, rows13, rows2 in zip(module.experts, *module.base_rows, strict=True):
                 own[f"{name}.{expert}"] = _of_tensor(rows2) + _of_tensor(rows13)
+    if stage.is_first and stage.mesh.tp.rank == 0:
+        own["embed_tokens"] = _of_tensor(stage.embed_tokens[0])
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     everyone: dict[str, str] = {}
     for of_stage in gather_objects(own, stage.mesh.world):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from runtime.trainer.checkpoint import (
     remove_old,
     save_checkpoint,
 )
-from runtime.trainer.config import TrainConfig
+from runtime.trainer.config import ADAPTER, BEST_ADAPTER, CHECKPOINTS, TrainConfig
 from runtime.trainer.config_file import as_plain
 from runtime.trainer.data.documents import Document, read_documents, split_documents
 from runtime.trainer.data.rows import RowStream
@@ -31,12 +32,19 @@ from runtime.trainer.evaluate import evaluate
 from runtime.trainer.fingerprint import fingerprint
 from runtime.trainer.model import TrainedModel, check_base_fits, prepare_model
 from runtime.trainer.optimizer import learning_rate, make_optimizer, set_learning_rate
-from runtime.trainer.output import ADAPTER, BEST_ADAPTER, CHECKPOINTS
+from runtime.trainer.output import OutputLock, check_output, check_shared
 from runtime.trainer.parameters import num_elements
 from runtime.trainer.pipeline import gradients_of
 from runtime.trainer.replicas import check_replicas, clip_gradients, gradient_norm, sum_gradients
-from runtime.trainer.results import RunReport, check_output, write_result
-from runtime.trainer.resume import check_same_inputs, check_same_run, find_checkpoint
+from runtime.trainer.report.run_report import RunReport
+from runtime.trainer.results import write_result
+from runtime.trainer.resume import (
+    check_nothing_is_lost,
+    check_same_inputs,
+    check_same_run,
+    find_checkpoint,
+    is_own_checkpoint,
+)
 from runtime.trainer.step_data import row_width, step_data
 
 logger = logging.getLogger(__name__)
@@ -75,24 +83,36 @@ class Training:
         every process if on one.
         """
         self.config, self.mesh, self.device = config, mesh, device
+        self._held = ExitStack()
+        try:
+            self._prepare(resume, data)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, resume: str | None, data: RunData | None) -> None:
+        config, mesh, device = self.config, self.mesh, self.device
         keep_freed_memory(device)
         found, resumed = self._checkpoint_to_resume(resume)
         self.base, self.data = together(lambda: self._read(data), mesh.world)
         self.model: TrainedModel = prepare_model(config, self.base, mesh, device, self.data.documents, resumed)
         self.inputs = fingerprint(self.data.documents, self.data.evaluation, self.model.stage)
         self.optimizer = make_optimizer(self.model.parameters, config.optimizer)
-        self.step, self.best_loss, self.best_step = 0, None if resumed is None else resumed.best_loss, None
+        self.step, self.best_loss, self.best_step = 0, None, None
         if found is not None and resumed is not None:
             check_same_inputs(config, self.inputs, resumed.inputs)
             load_checkpoint(found, resumed.step, self.model.parameters, self.optimizer, mesh)
             check_replicas(self.model.parameters, mesh, resumed.step)
-            self.step, self.best_step = resumed.step, resumed.best_step
+            self.step = resumed.step
+            if is_own_checkpoint(found, config.output):  # elsewhere there is no adapter of the best one yet
+                self.best_loss, self.best_step = resumed.best_loss, resumed.best_step
         self._gradients = gradients_of(
             self.model.stage, config.num_micro_batches, config.micro_batch_rows * row_width(config)
         )
         self.report = together(
-            lambda: RunReport(config, self.base, self.model, mesh, self.data.num_steps, resumed), mesh.world
+            lambda: RunReport(config, self.base, self.model, mesh, self.data.num_steps, resumed, found), mesh.world
         )
+        self._held.callback(self.report.close)
         self._log_start()
 
     def run(self) -> Path | None:
@@ -103,7 +123,11 @@ class Training:
                 self.after_step()
             return self._finish()
         finally:
-            self.report.close()
+            self.close()
+
+    def close(self) -> None:
+        """Close the log and let another run have the output."""
+        self._held.close()
 
     def train_step(self) -> float:
         """One optimizer step over `batch_rows` rows; the mean loss over its target tokens."""
@@ -137,22 +161,26 @@ class Training:
         is_last = step == self.data.num_steps
         if self.data.evaluation and (is_last or (config.eval_every and step % config.eval_every == 0)):
             self._evaluate()
-        if config.save_every and (is_last or step % config.save_every == 0):
+        is_best = self.best_step == step
+        if config.save_every and (is_last or is_best or step % config.save_every == 0):
             self._save()
 
     def _checkpoint_to_resume(self, resume: str | None) -> tuple[Path | None, RunState | None]:
         config, world = self.config, self.mesh.world
 
-        def find() -> Path | None:
+        def take_output() -> None:
             if world.rank == 0:
                 check_output(config.output)
-            return find_checkpoint(config.output, resume)
+                self._held.callback(OutputLock(config.output).release)
 
-        found = together(find, world)
+        together(take_output, world)
+        check_shared(config.output, world)
+        found = together(lambda: find_checkpoint(config.output, resume), world)
         if found is None:
             return None, None
         resumed = open_checkpoint(found, self.mesh)
         check_same_run(config, resumed)
+        together(lambda: check_nothing_is_lost(found, config.output), world)
         return found, resumed
 
     def _read(self, data: RunData | None) -> tuple[DeepseekConfig, RunData]:
@@ -178,8 +206,10 @@ class Training:
     def _save(self) -> None:
         """A checkpoint that cannot be written is told; the earlier ones stay, and the next one is tried in its turn."""
         folder = self.config.output / CHECKPOINTS
-        settings = as_plain(self.config)
-        state = RunState(self.step, settings, self.model.experts, self.inputs, self.best_loss, self.best_step)
+        settings, metrics = as_plain(self.config), self.report.metrics()
+        state = RunState(
+            self.step, settings, self.model.experts, self.inputs, metrics, self.best_loss, self.best_step
+        )
         try:
             save_checkpoint(folder, state, self.model.parameters, self.optimizer, self.mesh)
         except CheckpointProblem as problem:
@@ -224,7 +254,7 @@ class Training:
 
 
 def read_run_data(config: TrainConfig, *, log: bool = False) -> RunData:
-    """Documents, rows and the number of steps; raises DataError or CheckpointError."""
+    """Documents, rows and the number of steps; raises DataError, CheckpointError, or ValueError if it is too short."""
     tokenizer = Tokenizer.from_dir(config.model)
     documents, report = read_documents(config.data.train, config.data, tokenizer)
     evaluation: list[Document] = []
@@ -240,6 +270,7 @@ def read_run_data(config: TrainConfig, *, log: bool = False) -> RunData:
     num_steps = config.steps
     if num_steps is None:
         num_steps = max(1, rows.num_rows(config.epochs or 1) // config.batch_rows)
+        config.optimizer.check_warmup(num_steps)
     return RunData(rows, documents, evaluation, num_steps)
 
 

@@ -95,9 +95,8 @@ class LoraGroupedExperts(nn.Module):
         widths: tuple[int, int],
         placement: Placement,
         spec: LoraSpec | None,
-        adapted: Sequence[int] | None = None,
     ) -> None:
-        """`experts`: their global indices. `widths`: (hidden, expert width). `adapted` None: all of them."""
+        """`experts`: their global indices. `widths`: (hidden, expert width). All are adapted if there is a `spec`."""
         super().__init__()
         hidden, width = widths
         self.name, self.experts, self.widths = name, tuple(experts), widths
@@ -108,7 +107,7 @@ class LoraGroupedExperts(nn.Module):
         self.base = BaseExperts(PlainGroups(self.w13, self.ops), PlainGroups(self.w2, self.ops), self.ops)
         self.spec: LoraSpec | None = None
         self.adapted: tuple[int, ...] = ()
-        self.set_factors(spec, self.experts if adapted is None else adapted)
+        self.set_factors(spec, self.experts)
 
     def freeze_base(self, *, pack: bool) -> None:
         """Once the base is loaded: hold it as the device multiplies by it fastest, with twice the memory if `pack`.

@@ -29,12 +29,17 @@ def gradients_of(stage: TrainingStage, num_micro_batches: int, tokens_per_batch:
 
 
 def _plain_gradients(stage: TrainingStage, micro_batches: Sequence[MicroBatch]) -> float:
-    total = 0.0
+    losses: list[Tensor] = []
     for batch in micro_batches:
         loss = stage.losses(stage.hidden(None, batch), batch).losses_N.sum() * batch.loss_weight
         loss.backward()
-        total += float(loss.detach())
-    return total
+        losses.append(loss.detach())
+    return _sum(losses)
+
+
+def _sum(losses: Sequence[Tensor]) -> float:
+    """In float64 on the host, which waits for the device here and not after each micro-batch."""
+    return float(torch.stack([loss.detach() for loss in losses]).cpu().double().sum()) if losses else 0.0
 
 
 class _Pipeline:
@@ -65,7 +70,7 @@ class _Pipeline:
         target = self._numbers if self._module.stage.is_last else None
         self._schedule.step(*arguments, target=target, losses=losses, return_outputs=False, number=self._numbers)
         self._module.micro_batches = ()
-        return sum(float(loss.detach()) for loss in losses)
+        return _sum(losses)
 
 
 class _NumberedStage(nn.Module):

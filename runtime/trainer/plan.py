@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from runtime.models.deepseek.config import DeepseekConfig
 from runtime.trainer.config import TrainConfig
@@ -10,16 +12,84 @@ from runtime.trainer.load import disk_shapes
 from runtime.trainer.lora import LoraSpec
 from runtime.trainer.loss import MAX_LOGITS
 from runtime.trainer.report.activations import activation_bytes, logit_bytes
-from runtime.trainer.report.dry_run import COMPUTE_BYTES, RunPlan, StageInfo, TensorInfo
 from runtime.trainer.report.flops import LoraSize, base_parameters, expert_share, step_flops
 from runtime.trainer.selection import ExpertsOfLayers
 from runtime.trainer.stage import split_layers
 from runtime.trainer.step_data import row_width
 from runtime.trainer.targets import is_routed, resolve_targets
 
+MASTER_BYTES = 4  # of a LoRA parameter in fp32: the master weight, its gradient, and Adam's m and v
+COMPUTE_BYTES = {"bfloat16": 2, "float32": 4}
 _ROW_SPLIT = ("o_proj", "down_proj")
 _SPLIT = ("_proj.weight", "embed_tokens.weight", "lm_head.weight")
 _REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One trainable tensor at its full size.
+
+    `kind`: its module without the layer, and the factor ("self_attn.q_b_proj A"). `num_shards`: processes of one
+    pipeline stage that share its parameters, 1 if each holds them all. `active_share`: of its parameters, how many one
+    token passes through (top-k / experts for the factors of routed experts).
+    """
+
+    kind: str
+    layer: int | None
+    shape: tuple[int, ...]
+    lora_rank: int
+    pp_stage: int = 0
+    num_shards: int = 1
+    active_share: float = 1.0
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole tensor."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """What one process of a pipeline stage holds besides LoRA; activations at the peak, with and without checkpointing.
+
+    `base_parameters`: those of the frozen base on one process.
+    """
+
+    layers: tuple[int, ...]
+    base_parameters: int
+    activation_bytes: int
+    checkpointed_bytes: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run as planned. `base_parameters` is the whole base; `step_flops` is over all processes."""
+
+    tensors: Sequence[TensorInfo]
+    stages: Sequence[StageInfo]
+    base_parameters: int
+    dtype: str
+    checkpointing: bool
+    num_processes: int
+    tokens_per_step: int
+    step_flops: float
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """Bytes of one process by use. `copies`: LoRA factors in the compute dtype, 0 where that is fp32."""
+
+    base: int
+    master: int
+    gradients: int
+    moments: int
+    copies: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.base + self.master + self.gradients + self.moments + self.copies + self.activations
 
 
 def tensor_infos(base: DeepseekConfig, config: TrainConfig, experts: ExpertsOfLayers | None) -> list[TensorInfo]:
@@ -53,6 +123,21 @@ def plan_run(base: DeepseekConfig, config: TrainConfig, tokens_per_row: float, t
         parallel.num_processes,
         sum(lengths),
         step_flops(base, lengths, num_targets, LoraSize.of(tensors)),
+    )
+
+
+def process_memory(plan: RunPlan, stage: int, *, checkpointing: bool) -> ProcessMemory:
+    """Bytes of one process of a stage; a tensor that does not divide evenly is counted at the larger share."""
+    info = plan.stages[stage]
+    own = sum(-(-tensor.num_parameters // tensor.num_shards) for tensor in plan.tensors if tensor.pp_stage == stage)
+    compute = COMPUTE_BYTES[plan.dtype]
+    return ProcessMemory(
+        base=info.base_parameters * compute,
+        master=own * MASTER_BYTES,
+        gradients=own * MASTER_BYTES,
+        moments=2 * own * MASTER_BYTES,
+        copies=0 if compute == MASTER_BYTES else own * compute,
+        activations=info.checkpointed_bytes if checkpointing else info.activation_bytes,
     )
 
 

@@ -25,7 +25,7 @@ def check_replicas(parameters: Sequence[LoraParameter], mesh: Mesh, step: int) -
     """Compare checksums of every factor over the processes that hold it; raises ReplicasDiffer on all of them."""
     problems: list[str] = []
     for group, members in _by_replicas(parameters, mesh):
-        sums_P = torch.stack([_checksum(parameter.tensor) for parameter in members])
+        sums_P = torch.stack([_factor_checksum(parameter.tensor) for parameter in members])
         low, high = sums_P.clone(), sums_P.clone()
         dist.all_reduce(low, dist.ReduceOp.MIN, group=group.handle)
         dist.all_reduce(high, dist.ReduceOp.MAX, group=group.handle)
@@ -60,9 +60,10 @@ def sum_gradients(parameters: Sequence[LoraParameter], mesh: Mesh) -> None:
 def gradient_norm(parameters: Sequence[LoraParameter], mesh: Mesh) -> float:
     """The norm over the whole adapter, every factor counted once."""
     total = torch.zeros((), dtype=torch.float64)
-    for parameter in parameters:
-        norm = torch.linalg.vector_norm(_gradient(parameter)).double().cpu()
-        total += norm**2 / parameter.replicas(mesh).size
+    if parameters:  # a pipeline stage may have nothing to train
+        norms_P = torch.stack([torch.linalg.vector_norm(_gradient(parameter)) for parameter in parameters])
+        sizes_P = torch.tensor([parameter.replicas(mesh).size for parameter in parameters])
+        total = (norms_P.cpu().double() ** 2 / sizes_P).sum()
     if mesh.world.handle is not None:
         dist.all_reduce(total, group=mesh.world.handle)
     return math.sqrt(float(total))
@@ -98,7 +99,7 @@ def _sum_bucket(bucket: list[tuple[LoraParameter, Tensor]], group: Group, mesh: 
         grad.copy_(part.view_as(grad))
 
 
-def _checksum(tensor: Tensor) -> Tensor:
+def _factor_checksum(tensor: Tensor) -> Tensor:
     """A sum over the bits, weighted by position: a swap or a single other bit changes it."""
     bits = tensor.detach().contiguous().view(torch.int32).flatten().to(torch.int64)
     weights = torch.arange(1, bits.numel() + 1, device=bits.device) * 2 + 1

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.trainer.checkpoint import CheckpointProblem, RunState, checkpoints
-from runtime.trainer.config import TrainConfig
+from runtime.trainer.config import CHECKPOINTS, TrainConfig
 from runtime.trainer.config_file import as_plain
-from runtime.trainer.output import CHECKPOINTS
 
 LATEST = "latest"
 # What does not change the result of a run; everything else must be as it was.
@@ -36,6 +35,26 @@ def find_checkpoint(output: Path, resume: str | None) -> Path | None:
         return existing[-1]
     path = Path(resume)
     return path if path.is_dir() else output / CHECKPOINTS / resume
+
+
+def is_own_checkpoint(found: Path, output: Path) -> bool:
+    """Whether a checkpoint lies in the folder into which this run writes its own."""
+    return found.resolve().parent == (output / CHECKPOINTS).resolve()
+
+
+def check_nothing_is_lost(found: Path, output: Path) -> None:
+    """Raises CheckpointProblem if a run that goes on from `found` would write over or among other checkpoints."""
+    standing = [path.name for path in checkpoints(output / CHECKPOINTS)]
+    own = is_own_checkpoint(found, output)
+    if own:
+        standing = [name for name in standing if name > found.name]
+    if not standing:
+        return
+    which = f"checkpoints after {found.name}" if own else "checkpoints of another run"
+    raise CheckpointProblem(
+        f"{output} holds {which} ({', '.join(standing)}), which this run would replace: go on in a new folder, for "
+        f"instance with --resume {found} --set output={output}-from-{found.name}, or move those away first"
+    )
 
 
 def check_same_run(config: TrainConfig, resumed: RunState) -> None:

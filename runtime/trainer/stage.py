@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from runtime.distributed.collectives import enter_parallel, leave_parallel
-from runtime.distributed.mesh import Mesh
+from runtime.distributed.mesh import Mesh, MeshShape
 from runtime.layers.norm import RmsNorm
 from runtime.layers.placement import Placement
 from runtime.models.deepseek.config import DeepseekConfig
 from runtime.models.deepseek.rope import cos_sin, inverse_frequencies, rotary_scale
 from runtime.trainer.attention import TrainingAttention
-from runtime.trainer.config import RoutingConfig
+from runtime.trainer.config import ParallelConfig, RoutingConfig
 from runtime.trainer.lora import LoraGroupedExperts, LoraParallelLinear, LoraSpec, Split
 from runtime.trainer.loss import TargetLosses, target_losses
 from runtime.trainer.micro_batch import MicroBatch
@@ -132,6 +132,11 @@ class TrainingStage(nn.Module):
             if isinstance(module, LoraParallelLinear | LoraGroupedExperts):
                 found += module.lora_parameters()
         return found
+
+
+def mesh_shape(parallel: ParallelConfig) -> MeshShape:
+    """The sizes of a configuration as the mesh takes them."""
+    return MeshShape(parallel.pp, parallel.dp, parallel.tp, parallel.expert_size)
 
 
 def split_layers(num_layers: int, pp_size: int, explicit: Iterable[int] | None) -> list[range]:

@@ -40,7 +40,8 @@ _NEVER = {
 def resolve_targets(config: DeepseekConfig, lora: LoraSettings, seed: int) -> dict[str, LoraSpec]:
     """Full module name -> its LoRA; routed experts of a layer are one module, `model.layers.N.mlp.experts`.
 
-    Raises ConfigError for a name that fits no module, for a part of the experts' projections, and for nothing at all.
+    Raises ConfigError for a name that fits no module, a pattern that fits no target, a part of the experts'
+    projections, and for nothing at all.
     """
     modules = list(module_names(config))
     chosen: set[str] = set()
@@ -50,8 +51,14 @@ def resolve_targets(config: DeepseekConfig, lora: LoraSettings, seed: int) -> di
             raise ConfigError(f"lora.targets: {_unknown(target, modules)}")
         chosen |= found
     for pattern in lora.patterns:
-        if not _matching(pattern, modules):
+        found = _matching(pattern, modules)
+        if not found:
             raise ConfigError(f"lora.patterns: {_unknown(pattern, modules)}")
+        if not found & chosen:
+            raise ConfigError(
+                f"lora.patterns: {pattern!r} fits no module of lora.targets ({', '.join(lora.targets)}), so it would "
+                "change nothing: add the module to lora.targets, or remove the pattern"
+            )
     specs = {}
     for module in _whole_experts(chosen, modules):
         settings = _settings_of(module, lora)

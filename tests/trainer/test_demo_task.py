@@ -116,7 +116,7 @@ def trained(train_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     options = ExportOptions(dtype=torch.float32, base_name="graft-demo")
     write_adapter(output / "names", adapter.linears, adapter.experts, training.base.adapter_targets(), options)
     yield Trained(training, output / "names")
-    training.report.close()
+    training.close()
 
 
 def _trainer_logits(training: Training) -> tuple[list[list[int]], list[torch.Tensor]]:

@@ -34,7 +34,7 @@ def replacing_folder(path: Path, own_files: Collection[str] = ()) -> Iterator[Pa
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
-        _force_to_disk(partial)
+        _force_folder_to_disk(partial)
         move_into_place(partial, path)
     except OSError as cause:
         reason = cause.strerror or str(cause)
@@ -58,13 +58,14 @@ def check_replaceable(path: Path, own_files: Collection[str]) -> None:
         raise ValueError(f"{path} already holds {shown}, which would be lost: name a new folder, or remove this one")
 
 
-def _force_to_disk(folder: Path) -> None:
+def _force_folder_to_disk(folder: Path) -> None:
     for parent, _, names in os.walk(folder):
         for path in (*(os.path.join(parent, name) for name in names), parent):
-            _fsync(path)
+            force_to_disk(path)
 
 
-def _fsync(path: str | Path) -> None:
+def force_to_disk(path: str | Path) -> None:
+    """What was written to a file, or a folder's list of names, outlasts a loss of power; raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -86,7 +87,7 @@ def move_into_place(partial: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     elif not path.exists():
         partial.rename(path)
-    _fsync(path.parent)
+    force_to_disk(path.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:

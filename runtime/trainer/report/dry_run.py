@@ -1,87 +1,36 @@
-"""What `graft train --dry-run` says: the trainable tensors, memory for each process and FLOPs, before anything runs."""
+"""What `graft train --dry-run` prints: the data and the plan of a run, in words and tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from loaders.tokenizer import Tokenizer
+from runtime.models.deepseek.config import DeepseekConfig
+from runtime.trainer.config import TrainConfig
+from runtime.trainer.data.documents import read_documents
+from runtime.trainer.model import check_base_fits
+from runtime.trainer.plan import RunPlan, TensorInfo, plan_run, process_memory
 from runtime.trainer.report.flops import CONVENTION
+from runtime.trainer.step_data import mean_row
 
-MASTER_BYTES = 4  # of a LoRA parameter in fp32: the master weight, its gradient, and Adam's m and v
-COMPUTE_BYTES = {"bfloat16": 2, "float32": 4}
 FROZEN = "router (weights and correction bias), norms, embedding, and every weight of the base"
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One trainable tensor at its full size.
-
-    `kind`: its module without the layer, and the factor ("self_attn.q_b_proj A"). `num_shards`: processes of one
-    pipeline stage that share its parameters, 1 if each holds them all. `active_share`: of its parameters, how many one
-    token passes through (top-k / experts for the factors of routed experts).
-    """
-
-    kind: str
-    layer: int | None
-    shape: tuple[int, ...]
-    lora_rank: int
-    pp_stage: int = 0
-    num_shards: int = 1
-    active_share: float = 1.0
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the whole tensor."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class StageInfo:
-    """What one process of a pipeline stage holds besides LoRA; activations at the peak, with and without checkpointing.
-
-    `base_parameters`: those of the frozen base on one process.
-    """
-
-    layers: tuple[int, ...]
-    base_parameters: int
-    activation_bytes: int
-    checkpointed_bytes: int
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """A run as planned. `base_parameters` is the whole base; `step_flops` is over all processes."""
-
-    tensors: Sequence[TensorInfo]
-    stages: Sequence[StageInfo]
-    base_parameters: int
-    dtype: str
-    checkpointing: bool
-    num_processes: int
-    tokens_per_step: int
-    step_flops: float
-
-
-@dataclass(frozen=True)
-class ProcessMemory:
-    """Bytes of one process by use. `copies`: LoRA factors in the compute dtype, 0 where that is fp32."""
-
-    base: int
-    master: int
-    gradients: int
-    moments: int
-    copies: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.base + self.master + self.gradients + self.moments + self.copies + self.activations
+def describe(config: TrainConfig) -> str:
+    """The whole report; reads the data and the base's config, but no weight."""
+    base = DeepseekConfig.from_dir(config.model)
+    check_base_fits(config, base)
+    documents, report = read_documents(config.data.train, config.data, Tokenizer.from_dir(config.model))
+    tokens, targets = mean_row(config, documents)
+    lines = [f"Data: {report.describe()}", "", describe_run(plan_run(base, config, tokens, targets))]
+    if config.selection is not None:
+        lines += ["", "selection leaves experts out before training; the numbers above count all of them"]
+    return "\n".join(lines)
 
 
 def describe_run(plan: RunPlan) -> str:
-    """The whole report, several lines."""
+    """The plan, several lines."""
     trainable = sum(tensor.num_parameters for tensor in plan.tensors)
     share = trainable / plan.base_parameters
     checkpointing = "with" if plan.checkpointing else "without"
@@ -99,21 +48,6 @@ def describe_run(plan: RunPlan) -> str:
         f"  ({CONVENTION})",
     ]
     return "\n".join(lines)
-
-
-def process_memory(plan: RunPlan, stage: int, *, checkpointing: bool) -> ProcessMemory:
-    """Bytes of one process of a stage; a tensor that does not divide evenly is counted at the larger share."""
-    info = plan.stages[stage]
-    own = sum(-(-tensor.num_parameters // tensor.num_shards) for tensor in plan.tensors if tensor.pp_stage == stage)
-    compute = COMPUTE_BYTES[plan.dtype]
-    return ProcessMemory(
-        base=info.base_parameters * compute,
-        master=own * MASTER_BYTES,
-        gradients=own * MASTER_BYTES,
-        moments=2 * own * MASTER_BYTES,
-        copies=0 if compute == MASTER_BYTES else own * compute,
-        activations=info.checkpointed_bytes if checkpointing else info.activation_bytes,
-    )
 
 
 def format_layers(layers: Sequence[int]) -> str:

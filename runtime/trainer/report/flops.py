@@ -22,7 +22,7 @@ import torch
 from runtime.models.deepseek.config import DeepseekConfig
 
 if TYPE_CHECKING:
-    from runtime.trainer.report.dry_run import TensorInfo
+    from runtime.trainer.plan import TensorInfo
 
 FROZEN_FLOPS = 4  # per parameter and token
 LORA_FLOPS = 6
@@ -105,8 +105,8 @@ def mfu(flops: float, seconds: float, peak: float) -> float:
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest of a few square products in `dtype`, about a second; it stands for the peak in an MFU.
 
-    Nobody states a CPU's peak, and data sheets of accelerators state more than any product reaches. Processes that
-    share a device measure at the same time, so that their sum is the device's.
+    Nobody states a CPU's peak, and data sheets of accelerators state more than any product reaches. One process
+    measures with its own threads while the others wait; the run's peak is that times their number.
     """
     size, seconds = 256, 0.0
     while True:

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -42,20 +43,26 @@ class TrainingLog:
     """Appends to `log.jsonl` and `tensorboard/` of one folder; for one process of a run.
 
     `resumed_step`: the last step that the loaded checkpoint holds; lines past it are cut off, so that each step has
-    one line. None: a new run, and a log that lies there is kept as `log.previous.jsonl`.
+    one line. None: a new run. `resumed_log`: the log of the run that goes on, if it lies elsewhere; its lines are
+    copied. A log of another run that lies here is kept as `log.previous.jsonl`.
     """
 
-    def __init__(self, folder: Path, total_steps: int, *, resumed_step: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, total_steps: int, *, resumed_step: int | None = None, resumed_log: Path | None = None
+    ) -> None:
         """Open both logs; raises ValueError if the folder cannot be written."""
         self._total_steps = total_steps
         self._path = folder / LOG_NAME
         self._lost: dict[str, int] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            own = resumed_step is not None and (resumed_log or self._path).resolve() == self._path.resolve()
+            if not own and self._path.exists():
+                self._path.replace(folder / PREVIOUS_NAME)
+            if not own and resumed_log is not None and resumed_log.exists():
+                shutil.copyfile(resumed_log, self._path)
             if resumed_step is not None:
                 _cut(self._path, resumed_step)
-            elif self._path.exists():
-                self._path.replace(folder / PREVIOUS_NAME)
             self._lines = AppendFile(self._path)
             self._scalars = _open_event_file(folder / TENSORBOARD_NAME, 0 if resumed_step is None else resumed_step + 1)
         except OSError as cause:
@@ -78,7 +85,7 @@ class TrainingLog:
         logger.info("%s", format_evaluation(record, self._total_steps))
 
     def event(self, step: int, name: str, **values: str | float | bool | None) -> None:
-        """Log something that happened once, such as a start, a checkpoint or the best evaluation; shows nothing."""
+        """Log something that happened once, such as the end of a run with its peak memory; shows nothing."""
         self._append("event", {"step": step, "event": name, **values})
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from runtime.trainer.loop import Training
 FAULTY_STEP = 2
 LAST = "on the last process"
 NO_BROADCAST, CHANGED_LINEAR, CHANGED_EXPERT = "no broadcast", f"changed linear {LAST}", f"changed expert {LAST}"
+UNSHARED = f"an output of its own {LAST}"
 DISK_FULL, DISK_FULL_ON_ONE = "disk full", f"disk full {LAST}"
 FILE_BYTES = 2048  # less than a checkpoint's files
 

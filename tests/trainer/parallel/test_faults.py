@@ -13,7 +13,7 @@ import torch
 from runtime.distributed.mesh import make_mesh
 from runtime.trainer.checkpoint import check_files, checkpoints
 from runtime.trainer.config_file import from_plain
-from runtime.trainer.mesh_shape import mesh_shape
+from runtime.trainer.stage import mesh_shape
 from tests.conftest import RecordNumber
 from tests.trainer.parallel import faults
 from tests.trainer.parallel.base import OPTIONS, build_base, plain_config
@@ -67,6 +67,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     two = [
         run("no broadcast DP2", DP2, fault=faults.NO_BROADCAST, fails=True),
         run("no output", DP2, "/proc/out", fails=True),
+        run("unshared", DP2, fault=faults.UNSHARED, fails=True),
         run("linear", DP2, fault=faults.CHANGED_LINEAR, fails=True),
         run("expert", DP2, fault=faults.CHANGED_EXPERT, fails=True),
         run("disk full", DP2, fault=faults.DISK_FULL, stop_after=4),
@@ -123,7 +124,18 @@ def test_what_only_one_process_met_ends_all_and_is_told_with_its_number(outcome:
     """Process 0 alone writes, so it alone finds that the output cannot be written."""
     own, other = outcome.errors("no output")
     said = "output = '/proc/out': cannot be written (No such file or directory): choose another output"
-    assert (own, other) == (f"ConfigError: {said}", f"ValueError: process 0: {said}")
+    assert (own, other) == (f"MetByAll: {said}", f"MetByAll: process 0: {said}")
+
+
+def test_an_output_that_one_process_does_not_see_is_refused_before_the_base_is_read(outcome: Outcome) -> None:
+    output = outcome.folder / "unshared"
+    for rank, error in enumerate(outcome.errors("unshared")):
+        own = f"{output}-elsewhere" if rank else output
+        assert error == (
+            f"MetByAll: output = '{own}': process 1 cannot see what process 0 writes there: choose a folder that all "
+            "hosts of the run share, by the same path"
+        )
+    assert [path.name for path in output.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("name", ["disk full", "disk full on one"])

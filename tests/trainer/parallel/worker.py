@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from runtime.trainer.data.rows import RowStream
 from runtime.trainer.gather import gather_adapter
 from runtime.trainer.initialise import distribute, draw
 from runtime.trainer.loop import RunData, Training
-from runtime.trainer.mesh_shape import mesh_shape
 from runtime.trainer.parameters import Side
-from tests.trainer.parallel.faults import fault_after_step, fault_at_start
+from runtime.trainer.stage import mesh_shape
+from tests.trainer.parallel.faults import UNSHARED, fault_after_step, fault_at_start
 
 NUM_DOCUMENTS = 40
 VOCAB_SIZE = 320
@@ -64,6 +64,8 @@ def start_training(run: Run, mesh: Mesh) -> Training:
     """A training whose B factors are not zero, so that A's first gradients count."""
     config = from_plain(run.config, "job")
     config.validate()
+    if run.fault == UNSHARED and mesh.world.rank:
+        config = replace(config, output=config.output.with_name(f"{config.output.name}-elsewhere"))
     longest = config.data.max_length // 2
     train = documents(1, longest)
     data = RunData(RowStream(train, config.data, config.seed), train, documents(2, longest), config.steps or 1)
@@ -114,7 +116,7 @@ def carry_out(run: Run, mesh: Mesh) -> None:
     try:
         result_of(run, training, mesh, _scores)
     finally:
-        training.report.close()
+        training.close()
 
 
 def main(job: Path) -> int:

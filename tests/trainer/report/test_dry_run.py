@@ -10,15 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from runtime.models.deepseek.config import DeepseekConfig
+from runtime.trainer.plan import RunPlan, StageInfo, TensorInfo, process_memory
 from runtime.trainer.report.activations import activation_bytes, logit_bytes
-from runtime.trainer.report.dry_run import (
-    RunPlan,
-    StageInfo,
-    TensorInfo,
-    describe_run,
-    format_layers,
-    process_memory,
-)
+from runtime.trainer.report.dry_run import describe_run, format_layers
 from runtime.trainer.report.flops import CONVENTION
 from tests.conftest import RecordNumber
 from tests.oracle.base_models import Oracle

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from runtime.models.deepseek.config import DeepseekConfig
-from runtime.trainer.report.dry_run import TensorInfo
+from runtime.trainer.plan import TensorInfo
 from runtime.trainer.report.flops import (
     LoraSize,
     active_parameters,

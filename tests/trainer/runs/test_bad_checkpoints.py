@@ -13,6 +13,7 @@ from runtime.cli import main
 from tests.trainer.runs.demo import MODEL, Graft, write_config, write_rows
 
 NEWEST = "step-00000006"
+OFFER = "move it away, and --resume goes on from step-00000004"
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +91,24 @@ def test_a_damaged_checkpoint_is_refused_and_another_one_is_offered(
     damage, reason = DAMAGES[name]
     damage(checkpoint)
     said = graft("train", tmp_path / "run.yaml", "--resume")
-    expected = f"graft train: {checkpoint} is not a whole checkpoint: {reason}; resume from another one (step-00000004)"
+    expected = f"graft train: {checkpoint} is not a whole checkpoint: {reason}; {OFFER}"
     assert (said.status, said.messages) == (1, [expected])
     assert "Traceback" not in said.err
 
 
 def test_the_offered_checkpoint_can_be_resumed_from(graft: Graft, checkpoint: Path, tmp_path: Path) -> None:
     truncate(checkpoint)
-    assert graft("train", tmp_path / "run.yaml", "--resume", "step-00000004").status == 0
+    checkpoint.rename(tmp_path / "away")
     assert graft("train", tmp_path / "run.yaml", "--resume").status == 0
+    assert checkpoint.is_dir()
+
+
+def test_of_a_damaged_checkpoint_before_others_the_others_are_offered(
+    graft: Graft, checkpoint: Path, tmp_path: Path
+) -> None:
+    truncate(checkpoint.with_name("step-00000004"))
+    said = graft("train", tmp_path / "run.yaml", "--resume", "step-00000004")
+    assert said.status == 1 and said.messages[0].endswith("; resume from another one (step-00000006)")
 
 
 def test_a_checkpoint_without_its_list_of_files_is_none(graft: Graft, checkpoint: Path, tmp_path: Path) -> None:
@@ -156,16 +166,29 @@ def test_other_data_under_the_same_name_is_refused(graft: Graft, checkpoint: Pat
     ]
 
 
-def test_another_base_is_refused_and_the_same_one_elsewhere_is_not(
-    graft: Graft, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_the_same_base_elsewhere_is_taken(graft: Graft, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / "base")
+    assert graft("train", tmp_path / "run.yaml", "--resume", "--set", f"model={tmp_path / 'base'}").status == 0
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "model.layers.2.input_layernorm.weight",
+        "model.layers.3.self_attn.q_b_proj.weight",
+        "model.layers.1.self_attn.o_proj.weight",
+        "model.layers.1.mlp.shared_experts.up_proj.weight",
+        "model.layers.2.mlp.experts.5.down_proj.weight",
+        "model.embed_tokens.weight",
+    ],
+)
+def test_a_base_with_another_weight_is_refused(graft: Graft, checkpoint: Path, tmp_path: Path, changed: str) -> None:
     from safetensors.torch import load_file, save_file
 
     base = tmp_path / "base"
     shutil.copytree(MODEL, base)
-    assert graft("train", tmp_path / "run.yaml", "--resume", "--set", f"model={base}").status == 0
     tensors = load_file(base / "model.safetensors")
-    tensors["model.layers.2.input_layernorm.weight"] *= 1.5
+    tensors[changed] *= 1.5
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     said = graft("train", tmp_path / "run.yaml", "--resume", "--set", f"model={base}")
     assert said.status == 1

@@ -14,7 +14,7 @@ from runtime.models.deepseek.config import DeepseekConfig
 from runtime.trainer.config_file import read_config
 from runtime.trainer.gather import gather_adapter
 from runtime.trainer.loop import Training
-from runtime.trainer.mesh_shape import mesh_shape
+from runtime.trainer.stage import mesh_shape
 from tests.trainer.runs.demo import MODEL, OPTIONS, Graft, adapter_tensors, write_config
 
 PROJECTIONS = ("gate", "up", "down")
@@ -93,5 +93,5 @@ def test_a_damaged_checkpoint_is_not_exported(graft: Graft, tmp_path: Path, rows
     tensors.write_bytes(tensors.read_bytes()[:-50])
     said = graft("export", checkpoint, "--base", MODEL, "--out", tmp_path / "exported")
     assert said.status == 1 and len(said.messages) == 1 and "Traceback" not in said.err
-    assert f"{tensors.name} is not what was written; resume from another one (step-00000002)" in said.messages[0]
+    assert f"{tensors.name} is not what was written; move it away" in said.messages[0]
     assert not (tmp_path / "exported").exists()

@@ -14,10 +14,9 @@ from runtime.distributed.mesh import Group, Mesh, MeshShape
 from runtime.models.deepseek.config import DeepseekConfig
 from runtime.trainer.config import TrainConfig
 from runtime.trainer.config_file import read_config
-from runtime.trainer.mesh_shape import mesh_shape
 from runtime.trainer.model import build_stage
-from runtime.trainer.plan import plan_run
-from runtime.trainer.report.dry_run import process_memory
+from runtime.trainer.plan import plan_run, process_memory
+from runtime.trainer.stage import mesh_shape
 from tests.trainer.runs.demo import MODEL, Graft, write_config
 
 LAYOUTS: dict[str, dict[str, Any]] = {

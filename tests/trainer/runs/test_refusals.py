@@ -6,12 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 
+from runtime.distributed.mesh import MetByAll
 from runtime.trainer.__main__ import train
+from runtime.trainer.config_file import ConfigError
 from tests.trainer.runs.demo import MODEL, Graft, Said, finish, start, write_config
 
 
@@ -46,6 +49,12 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "rows that do not divide": (["parallel.dp=2", "batch_rows=3"], ["batch_rows = 3", "micro_batch_rows x dp (2)"]),
     "stages without work": (["parallel.pp=4", "batch_rows=2"], ["batch_rows = 2", "so that every pipeline stage has"]),
     "rows longer than positions": (["data.max_length=1000000"], ["beyond the base's 163840 positions"]),
+    "a warm-up beyond the steps": (["optimizer.warmup_steps=7"], ["optimizer.warmup_steps = 7", "run's steps (6)"]),
+    "a warm-up beyond the epochs": (
+        ["steps=null", "epochs=1", "optimizer.warmup_steps=999"], ["warmup_steps = 999", "at most the run's steps"]
+    ),
+    "a pattern for what is not trained": (["lora.patterns.q_b_proj.rank=8"], ["'q_b_proj'", "add the module to lora."]),
+    "a key that is set twice": (["optimizer={lr: 1, lr: 2}"], ["--set", "lr is set twice, in line 1: remove one"]),
     "selection without experts": (["lora.targets=[o_proj]", "selection.threshold=0.5"], ["selection", "add experts"]),
 }
 
@@ -69,6 +78,9 @@ def test_settings_that_cannot_be_used_are_named(graft: Graft, tmp_path: Path, ro
         ("just a text", "expected keys and values at the top"),
         ("", "expected keys and values at the top"),
         ("\0\1", "cannot be read as YAML"),
+        ("steps: 1\nlora:\n  rank: 4\n  alpha: 8\n  rank: 8\n", ": rank is set twice, in lines 3 and 5: remove one"),
+        ("steps: 1\nseed: 2\n\nsteps: 2\n", ": steps is set twice, in lines 1 and 4: remove one of them"),
+        ("a: &x {rank: 4}\nsteps: 1\nlora: {<<: *x, rank: 8}\n", "a is not a setting"),
         ("steps: 5", "model is missing; output is missing; data is missing"),
         ("model: x\noutput: y\ndata: {train: []}\nsteps: 1", "model = 'x' is not allowed"),
     ],
@@ -218,6 +230,74 @@ def test_a_wrong_number_of_processes_is_refused_without_waiting_for_them(
     config = write_config(tmp_path / "run.yaml", rows, tmp_path / "out", parallel={"tp": 2, "dp": 2}, batch_rows=4)
     status = train(config, [], None)
     check_one_message(Said(status, *capfd.readouterr()), *words)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MetByAll("all met this"), ""),
+        (ConfigError("all met this"), ""),
+        (ValueError("only here"), "graft train (process 3): only here\n"),
+        (OSError("only here"), "graft train (process 3): only here\n"),
+    ],
+)
+def test_what_only_a_later_process_of_a_host_met_is_told_by_it_and_what_all_met_is_not(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: Path,
+    error: Exception, told: str,
+) -> None:  # fmt: skip
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    config = write_config(tmp_path / "run.yaml", rows, tmp_path / "out")
+    with mock.patch("runtime.trainer.__main__._train", side_effect=error):
+        assert train(config, [], None) == 1
+    assert capfd.readouterr().err == told
+
+
+def test_more_processes_than_devices_are_refused(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: Path
+) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    changes = {"parallel": {"dp": 4}, "batch_rows": 4, "device": "cuda"}
+    status = train(write_config(tmp_path / "run.yaml", rows, tmp_path / "out", **changes), [], None)
+    said = Said(status, *capfd.readouterr())
+    check_one_message(said, "4 processes were started on this host, which has 2 of device = 'cuda'", "start fewer here")
+
+
+CUDA_FULL = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 12.50 MiB is "
+    "free. Including non-PyTorch memory, this process has 79.09 GiB memory in use."
+)
+
+
+def run_out_of_memory() -> None:
+    torch.empty(2**50, dtype=torch.int8)
+
+
+def run_out_of_device_memory() -> None:
+    raise torch.OutOfMemoryError(CUDA_FULL)
+
+
+def run_out_in_a_pipeline() -> None:
+    raise RuntimeError("[Stage 0] failed to run forward") from torch.OutOfMemoryError(CUDA_FULL)
+
+
+@pytest.mark.parametrize(
+    ("work", "amount"),
+    [
+        (run_out_of_memory, "(1,048,576.00 GiB more were asked for)"),
+        (run_out_of_device_memory, "(20.00 MiB more were asked for, the device has 79.11 GiB)"),
+        (run_out_in_a_pipeline, "(20.00 MiB more were asked for, the device has 79.11 GiB)"),
+    ],
+)
+def test_memory_that_is_not_there_is_one_sentence(
+    graft: Graft, tmp_path: Path, rows: Path, work: Callable[[], None], amount: str
+) -> None:
+    with mock.patch("runtime.trainer.loop.gradients_of", return_value=lambda micro_batches: work()):
+        said = graft("train", write_config(tmp_path / "run.yaml", rows, tmp_path / "out"))
+    check_one_message(said, f"graft train: out of memory {amount}: lower micro_batch_rows", "activation_checkpointing")
 
 
 def test_the_command_as_a_process_of_its_own_ends_with_one_line(tmp_path: Path, rows: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -72,26 +73,52 @@ def test_a_run_killed_while_it_wrote_a_checkpoint_goes_on_from_the_one_before_wi
 
 def test_a_finished_run_that_is_resumed_writes_its_adapter_again(graft: Graft, tmp_path: Path, rows: Path) -> None:
     output = unbroken_run(graft, tmp_path, rows, **OPTIONS)
-    before, lines = adapter_bytes(output), losses(output)
-    (output / "adapter" / "adapter_model.safetensors").unlink()
+    before, lines, card = adapter_bytes(output), losses(output), (output / "adapter" / "README.md").read_text()
+    shutil.rmtree(output / "adapter")
     assert graft("train", tmp_path / "unbroken.yaml", "--resume").status == 0
     assert adapter_bytes(output) == before and losses(output) == lines
+    assert (output / "adapter" / "README.md").read_text() == card and "eval exact match" in card
 
 
-def test_going_back_to_an_earlier_checkpoint_gives_up_the_later_ones(graft: Graft, tmp_path: Path, rows: Path) -> None:
-    output = unbroken_run(graft, tmp_path, rows, save_every=1, keep_checkpoints=9)
-    before = adapter_bytes(output)
-    said = graft("train", tmp_path / "unbroken.yaml", "--resume", "step-00000002", "--set", "save_every=4")
-    assert said.status == 0, said.err
-    assert adapter_bytes(output) == before and len(losses(output)) == NUM_STEPS
-    names = [path.name for path in checkpoints(output / "checkpoints")]
-    assert names == [f"step-{step:08d}" for step in (1, 2, 3, 4, 6)], "step 5 is of the run that was given up"
+def test_going_back_over_later_checkpoints_is_refused_and_the_offered_folder_takes_the_run(
+    graft: Graft, tmp_path: Path, rows: Path
+) -> None:
+    output = unbroken_run(graft, tmp_path, rows, keep_checkpoints=9)
+    config, before = tmp_path / "unbroken.yaml", _contents(output)
+    said = graft("train", config, "--resume", "step-00000002")
+    back = output / "checkpoints" / "step-00000002"
+    assert said.status == 1 and said.messages == [
+        f"graft train: {output} holds checkpoints after step-00000002 (step-00000004, step-00000006), which this run "
+        f"would replace: go on in a new folder, for instance with --resume {back} "
+        f"--set output={output}-from-step-00000002, or move those away first"
+    ]
+    other = tmp_path / "unbroken-from-step-00000002"
+    assert graft("train", config, "--resume", back, "--set", f"output={other}").status == 0
+    assert _contents(output) == before, "nothing of the first run is lost"
+    compare(output, other)
+    assert [path.name for path in checkpoints(other / "checkpoints")] == ["step-00000004", "step-00000006"]
+
+
+def test_going_on_among_the_checkpoints_of_another_run_is_refused(graft: Graft, tmp_path: Path, rows: Path) -> None:
+    output = unbroken_run(graft, tmp_path, rows)
+    other = tmp_path / "other"
+    assert graft("train", write_config(tmp_path / "other.yaml", rows, other, steps=2, seed=3)).status == 0
+    before = _contents(other)
+    newest = output / "checkpoints" / "step-00000006"
+    said = graft("train", tmp_path / "unbroken.yaml", "--resume", newest, "--set", f"output={other}")
+    assert said.status == 1 and len(said.messages) == 1
+    assert f"{other} holds checkpoints of another run (step-00000002), which this run would" in said.messages[0]
+    assert _contents(other) == before
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(graft: Graft, tmp_path: Path, rows: Path) -> None:
-    """A learning rate that is far too high makes the first evaluation the best."""
+    """A learning rate that is far too high makes the first evaluation the best; no other save is due before the end."""
     output = unbroken_run(
-        graft, tmp_path, rows, save_every=1, eval_every=1, keep_checkpoints=1,
+        graft, tmp_path, rows, save_every=100, eval_every=1, keep_checkpoints=1,
         lora={"targets": ["experts"]}, optimizer={"lr": 0.5, "schedule": "constant"},
     )  # fmt: skip
     scores = {line["step"]: line["loss"] for line in log_lines(output, "eval")}
