@@ -41,6 +41,35 @@ demo-adapters: $(STAMP)
 test: lint types
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The tests of the Ascend back-end have an environment of their own: where CANN is absent, a visible torch_npu breaks the
+# import of other packages (transformers among them). pip and not uv, torch first: see above.
+NPU_VENV  := .venv-npu
+NPU_BIN   := $(NPU_VENV)/bin
+NPU_STUBS := build/cann-stubs
+$(NPU_VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Graft needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@echo "Filling $(NPU_VENV): a few minutes, once"
+	$(PYTHON) -m venv $(NPU_VENV)
+	$(NPU_BIN)/python -m pip install --quiet --upgrade pip
+	$(NPU_BIN)/python -m pip install --quiet "torch>=2.13,<2.14"
+	$(NPU_BIN)/python -m pip install --quiet "torch_npu==2.13.0" "numpy>=2.0" "safetensors>=0.6" tokenizers "msgpack>=1.1" \
+		"tqdm>=4.66" "pyyaml>=6.0" "prometheus-client>=0.21" "llguidance>=1.9.1,<2" \
+		"pytest>=9.0" "pytest-asyncio>=1.3" "pytest-timeout>=2.4"
+	$(NPU_BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+$(NPU_STUBS)/.built: $(NPU_VENV)/.installed tests/npu/bench/stubs.py
+	$(NPU_BIN)/python -m tests.npu.bench.stubs $(NPU_STUBS)
+	@touch $@
+
+# LD_LIBRARY_PATH is absolute, since some tests start processes elsewhere; the options replace those that leave tests/npu out.
+## make test-npu   the Ascend back-end on the real torch_npu without an NPU (fills .venv-npu; needs gcc)
+.PHONY: test-npu
+test-npu: $(NPU_STUBS)/.built
+	LD_LIBRARY_PATH=$(CURDIR)/$(NPU_STUBS) TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+		$(NPU_BIN)/python -m pytest -o addopts="-ra --strict-markers --strict-config --import-mode=importlib" \
+		tests/npu $(PYTEST_ARGS)
+
 ## make bench   decode with 8 adapters against transformers + PEFT (minutes; writes benchmarks/results/)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.decode_vs_peft
@@ -85,5 +114,5 @@ proto-baseline: proto-unbroken
 
 ## make clean   remove what the other targets made
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
