@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loaders.adapter import AdapterWeights, ExpertLora, LoraPair
+from loaders.errors import AdapterError
 from runtime.adapters.page_pool import HostPages
 from runtime.ops.base import Ops
 
@@ -68,7 +69,10 @@ class HostAdapter:
 def to_host_adapter(
     weights: AdapterWeights, dtype: torch.dtype, layout: FactorLayout = FactorLayout()
 ) -> HostAdapter:
-    """Convert a checked adapter file; B x scale is computed in float32 before it is rounded to `dtype`."""
+    """Convert a checked adapter file; B x scale is computed in float32 before it is rounded to `dtype`.
+
+    Raises AdapterError if a factor is not finite then.
+    """
     linears = {name: _linear_pages(pair, dtype, layout) for name, pair in weights.linears.items()}
     experts = {}
     for layer, by_expert in weights.experts.items():
@@ -76,7 +80,28 @@ def to_host_adapter(
         for index, expert in sorted(by_expert.items()):
             by_rank.setdefault(layout.padded_rank(_rank(expert)), {})[index] = expert
         experts[layer] = [_expert_pages(rank, group, dtype, layout) for rank, group in sorted(by_rank.items())]
+    _require_finite(linears, experts, dtype)
     return HostAdapter(linears, experts)
+
+
+def _require_finite(
+    linears: Mapping[str, HostPages], experts: Mapping[int, Sequence[HostPages]], dtype: torch.dtype
+) -> None:
+    """Devices multiply rows of other requests, as zeros, with these factors: infinity would make them NaN."""
+    named = list(linears.items())
+    named += [(f"routed experts of layer {layer}", pages) for layer, group in experts.items() for pages in group]
+    problems = [
+        f"{name}: factors overflow {str(dtype).removeprefix('torch.')} (B is multiplied by the adapter's scale)"
+        for name, pages in named
+        if not all(math.isfinite(end) for factor in pages.factors.values() for end in _ends(factor))
+    ]
+    if problems:
+        raise AdapterError(f"adapter refused, {len(problems)} modules overflow", problems)
+
+
+def _ends(factor: Tensor) -> tuple[float, float]:
+    low, high = torch.aminmax(factor)
+    return float(low), float(high)
 
 
 def _linear_pages(pair: LoraPair, dtype: torch.dtype, layout: FactorLayout) -> HostPages:

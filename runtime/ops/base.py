@@ -77,7 +77,8 @@ class Ops(ABC):
         """Add each row's LoRA delta: `y[m] += (x[m] @ a[p]) @ b[p]` with p the row's page; no page adds nothing.
 
         Rows of one page are contiguous and pages ascend along the rows that have one. Several `bs` split the
-        columns of `y` and of `a` into equal parts, one for each (gate and up share one shrink).
+        columns of `y` and of `a` into equal parts, one for each (gate and up share one shrink). `bs` are finite, since
+        rows without a page may be multiplied as zeros.
         """
 
     def choose_experts(self, logits_TE: Tensor, bias_E: Tensor | None, rule: RoutingRule) -> tuple[Tensor, Tensor]:

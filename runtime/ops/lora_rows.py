@@ -44,6 +44,11 @@ class LoraRows:
         """Whether a row has a page, as a column."""
         return (self.pages_M >= 0)[:, None]
 
+    def outside(self, pages: slice) -> Tensor:
+        """Whether a row has none of these pages, as a column."""
+        is_outside_M: Tensor = (self.pages_M < pages.start) | (self.pages_M >= pages.stop)
+        return is_outside_M[:, None]
+
     @cached_property
     def ends_P(self) -> Tensor:
         """Cumulative group list over the pages, int64: the row after each page's last one; the last entry is M."""

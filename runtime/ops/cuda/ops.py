@@ -37,11 +37,12 @@ class CudaOps(Ops):
             return
         ends_P = lora.ends_P.to(torch.int32)
         shrunk_MR = torch.nn.functional.grouped_mm(x_MK, a_PKR, offs=ends_P)
+        if not lora.all_have_pages:
+            # Replaced, not multiplied by zero: the product with a neighbour's factors may have overflown.
+            shrunk_MR.masked_fill_(~lora.has_page_M1, 0)
         parts = zip(y_MN.chunk(len(bs_PRN), dim=1), shrunk_MR.chunk(len(bs_PRN), dim=1), bs_PRN, strict=True)
         for y_part, part_MR, b_PRN in parts:
-            delta = torch.nn.functional.grouped_mm(part_MR.contiguous(), b_PRN, offs=ends_P)
-            # Replaced, not multiplied by zero: the neighbour's factors may have overflown.
-            y_part += delta if lora.all_have_pages else delta.masked_fill_(~lora.has_page_M1, 0)
+            y_part += torch.nn.functional.grouped_mm(part_MR.contiguous(), b_PRN, offs=ends_P)
 
 
 def _grouped_mm(x_MK: Tensor, weight_GKN: Tensor, counts_G: Tensor) -> Tensor:
