@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loaders.adapter import AdapterWeights, ExpertLora, LoraPair
+from loaders.errors import AdapterError
 from runtime.adapters.page_pool import HostPages
+from runtime.ops.base import Ops
 
-# Ranks are padded to multiples of this: strides of grouped products must be multiples of 16 bytes.
+# Ranks are padded to multiples of this at least: strides of grouped products must be multiples of 16 bytes.
 RANK_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class FactorLayout:
+    """How a device wants factors: ranks padded to multiples of `rank_multiple`, and A [K, R] or its transpose."""
+
+    rank_multiple: int = RANK_MULTIPLE
+    a_rows_first: bool = False
+
+    @classmethod
+    def of(cls, ops: Ops) -> FactorLayout:
+        """The layout of a back-end."""
+        return cls(math.lcm(RANK_MULTIPLE, ops.lora_rank_multiple), ops.lora_a_rows_first)
+
+    def padded_rank(self, rank: int) -> int:
+        """The rank that is stored."""
+        return -(-rank // self.rank_multiple) * self.rank_multiple
+
+    def new_a(self, count: int, num_in: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Zeros as they are stored, and their view [count, K, R]."""
+        if self.a_rows_first:
+            stored = torch.zeros(count, rank, num_in, dtype=dtype)
+            return stored, stored.transpose(1, 2)
+        stored = torch.zeros(count, num_in, rank, dtype=dtype)
+        return stored, stored
 
 
 @dataclass(frozen=True)
@@ -38,39 +66,68 @@ class HostAdapter:
         return sum(len(pages.regions) for layer in self.experts.values() for pages in layer)
 
 
-def to_host_adapter(weights: AdapterWeights, dtype: torch.dtype) -> HostAdapter:
-    """Convert a checked adapter file; B x scale is computed in float32 before it is rounded to `dtype`."""
-    linears = {name: _linear_pages(pair, dtype) for name, pair in weights.linears.items()}
+def to_host_adapter(
+    weights: AdapterWeights, dtype: torch.dtype, layout: FactorLayout = FactorLayout()
+) -> HostAdapter:
+    """Convert a checked adapter file; B x scale is computed in float32 before it is rounded to `dtype`.
+
+    Raises AdapterError if a factor is not finite then.
+    """
+    linears = {name: _linear_pages(pair, dtype, layout) for name, pair in weights.linears.items()}
     experts = {}
     for layer, by_expert in weights.experts.items():
         by_rank: dict[int, dict[int, ExpertLora]] = {}
         for index, expert in sorted(by_expert.items()):
-            by_rank.setdefault(_padded_rank(expert), {})[index] = expert
-        experts[layer] = [_expert_pages(rank, group, dtype) for rank, group in sorted(by_rank.items())]
+            by_rank.setdefault(layout.padded_rank(_rank(expert)), {})[index] = expert
+        experts[layer] = [_expert_pages(rank, group, dtype, layout) for rank, group in sorted(by_rank.items())]
+    _require_finite(linears, experts, dtype)
     return HostAdapter(linears, experts)
 
 
-def _linear_pages(pair: LoraPair, dtype: torch.dtype) -> HostPages:
-    rank = _pad(pair.lora_rank)
-    a_KR = torch.zeros(1, pair.a.shape[1], rank, dtype=dtype)
+def _require_finite(
+    linears: Mapping[str, HostPages], experts: Mapping[int, Sequence[HostPages]], dtype: torch.dtype
+) -> None:
+    """Devices multiply rows of other requests, as zeros, with these factors: infinity would make them NaN."""
+    named = list(linears.items())
+    named += [(f"routed experts of layer {layer}", pages) for layer, group in experts.items() for pages in group]
+    problems = [
+        f"{name}: factors overflow {str(dtype).removeprefix('torch.')} (B is multiplied by the adapter's scale)"
+        for name, pages in named
+        if not all(math.isfinite(end) for factor in pages.factors.values() for end in _ends(factor))
+    ]
+    if problems:
+        raise AdapterError(f"adapter refused, {len(problems)} modules overflow", problems)
+
+
+def _ends(factor: Tensor) -> tuple[float, float]:
+    low, high = torch.aminmax(factor)
+    return float(low), float(high)
+
+
+def _linear_pages(pair: LoraPair, dtype: torch.dtype, layout: FactorLayout) -> HostPages:
+    rank = layout.padded_rank(pair.lora_rank)
+    stored_a, a_KR = layout.new_a(1, pair.a.shape[1], rank, dtype)
     b_RN = torch.zeros(1, rank, pair.b.shape[0], dtype=dtype)
     _write_pair(pair, a_KR[0], b_RN[0])
-    return HostPages(rank, [0], {"a": a_KR, "b": b_RN})
+    return HostPages(rank, [0], {"a": stored_a, "b": b_RN}, layout.a_rows_first)
 
 
-def _expert_pages(rank: int, experts: Mapping[int, ExpertLora], dtype: torch.dtype) -> HostPages:
+def _expert_pages(
+    rank: int, experts: Mapping[int, ExpertLora], dtype: torch.dtype, layout: FactorLayout
+) -> HostPages:
     """Factors: a13 [n, H, 2R] (gate, then up), b_gate and b_up [n, R, I], a2 [n, I, R], b2 [n, R, H]."""
     hidden, width = _expert_widths(experts)
     count = len(experts)
-    shapes = {"a13": (hidden, 2 * rank), "b_gate": (rank, width), "b_up": (rank, width), "a2": (width, rank),
-              "b2": (rank, hidden)}  # fmt: skip
-    factors = {name: torch.zeros(count, *shape, dtype=dtype) for name, shape in shapes.items()}
+    stored_a13, a13 = layout.new_a(count, hidden, 2 * rank, dtype)
+    stored_a2, a2 = layout.new_a(count, width, rank, dtype)
+    columns = {"b_gate": width, "b_up": width, "b2": hidden}
+    bs = {name: torch.zeros(count, rank, num_out, dtype=dtype) for name, num_out in columns.items()}
     for page, expert in enumerate(experts.values()):
-        a_gate, a_up = factors["a13"][page].split(rank, dim=1)
-        _write_pair(expert.gate, a_gate, factors["b_gate"][page])
-        _write_pair(expert.up, a_up, factors["b_up"][page])
-        _write_pair(expert.down, factors["a2"][page], factors["b2"][page])
-    return HostPages(rank, list(experts), factors)
+        a_gate, a_up = a13[page].split(rank, dim=1)
+        _write_pair(expert.gate, a_gate, bs["b_gate"][page])
+        _write_pair(expert.up, a_up, bs["b_up"][page])
+        _write_pair(expert.down, a2[page], bs["b2"][page])
+    return HostPages(rank, list(experts), {"a13": stored_a13, "a2": stored_a2, **bs}, layout.a_rows_first)
 
 
 def _write_pair(pair: LoraPair | None, a_KR: Tensor, b_RN: Tensor) -> None:
@@ -90,9 +147,5 @@ def _expert_widths(experts: Mapping[int, ExpertLora]) -> tuple[int, int]:
     raise ValueError("no expert has a factor")
 
 
-def _padded_rank(expert: ExpertLora) -> int:
-    return _pad(max(pair.lora_rank for pair in (expert.gate, expert.up, expert.down) if pair is not None))
-
-
-def _pad(rank: int) -> int:
-    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+def _rank(expert: ExpertLora) -> int:
+    return max(pair.lora_rank for pair in (expert.gate, expert.up, expert.down) if pair is not None)

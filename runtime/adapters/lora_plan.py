@@ -13,6 +13,7 @@ from torch import Tensor
 from runtime.adapters.device_pages import DevicePages
 from runtime.adapters.page_pool import PagePool
 from runtime.ops.base import Ops
+from runtime.ops.lora_rows import LoraRows
 
 BASE_SLOT = -1
 
@@ -31,6 +32,10 @@ class LoraPlan:
         self._row_slots = [slot for slot, count in zip(slots, num_tokens, strict=True) for _ in range(count)]
         # Row 0 of every page table is the base's, so slots are shifted by one.
         self._table_rows_T = torch.tensor(self._row_slots, device=device) + 1
+        # Routed rows are sorted by expert and by the row's place among the slots of this step, base first.
+        places = {slot: place for place, slot in enumerate([BASE_SLOT, *sorted(self._active)])}
+        self._table_rows_A = torch.tensor([slot + 1 for slot in places], device=device)
+        self._places_T1 = torch.tensor([[places[slot]] for slot in self._row_slots], dtype=torch.int32, device=device)
 
     def add_linear_(self, module: str, y_TN: Tensor, x_TK: Tensor) -> None:
         """See StepLora."""
@@ -46,8 +51,8 @@ class LoraPlan:
         slot = self._slots[sequence]
         for pool in self._pages.linears.get(module, {}).values():
             if slot in pool.slots:
-                pages_L = pool.table[slot + 1, 0].expand(x_LK.shape[0])
-                self._ops.lora_add_(y_LN, x_LK, pool.factors["a"], (pool.factors["b"],), pages_L)
+                rows = LoraRows.of_one_page(pool.page(slot, 0), x_LK.shape[0], pool.num_pages, x_LK.device)
+                self._ops.lora_add_(y_LN, x_LK, pool.factor("a"), (pool.factor("b"),), rows)
 
     def factors_of_rows(self, module: str, rows: list[int]) -> list[tuple[slice, Tensor, Tensor]]:
         """See StepLora."""
@@ -59,43 +64,58 @@ class LoraPlan:
                 if stop < len(rows) and self._row_slots[rows[stop]] == slot:
                     continue
                 if slot in pool.slots:
-                    page = int(pool.table[slot + 1, 0])
-                    found.append((slice(start, stop), pool.factors["a"][page], pool.factors["b"][page]))
+                    page = pool.page(slot, 0)
+                    found.append((slice(start, stop), pool.factor("a")[page], pool.factor("b")[page]))
                 start = stop
         return found
 
-    def route_keys(self, experts_TE: Tensor) -> Tensor:
+    def route_keys(self, experts_TE: Tensor) -> tuple[Tensor, int]:
         """See StepLora."""
-        return experts_TE * (self._pages.max_slots + 1) + self._table_rows_T[:, None]
+        keys_of_expert = len(self._active) + 1
+        return experts_TE * keys_of_expert + self._places_T1, keys_of_expert
 
-    def expert_deltas(self, layer: int, rows_M: Tensor, experts_M: Tensor) -> PagedExpertDeltas:
+    def expert_deltas(self, layer: int, keys_M: Tensor) -> PagedExpertDeltas:
         """See StepLora."""
-        table_rows_M = self._table_rows_T.index_select(0, rows_M)
         pools = self._active_pools(self._pages.experts.get(layer, {}).values())
-        return PagedExpertDeltas(self._ops, [(pool, pool.table[table_rows_M, experts_M]) for pool in pools])
+        return PagedExpertDeltas(self._ops, [(pool, self._expert_rows(pool, keys_M)) for pool in pools])
+
+    def _expert_rows(self, pool: PagePool, keys_M: Tensor) -> LoraRows:
+        """A key is (expert, place of the slot), so a table is read in that order."""
+
+        def of_rows(table: Tensor) -> Tensor:
+            return table.index_select(0, self._table_rows_A).T.flatten().index_select(0, keys_M)
+
+        is_whole = pool.whole_slots.issuperset(self._slots)
+        return LoraRows(of_rows(pool.table), lambda: of_rows(pool.nearest), pool.num_pages, is_whole)
 
     def _add_linear_(self, module: str, y: Tensor, x: Tensor, table_rows: Tensor) -> None:
         for pool in self._active_pools(self._pages.linears.get(module, {}).values()):
-            self._ops.lora_add_(y, x, pool.factors["a"], (pool.factors["b"],), pool.table[table_rows, 0])
+            rows = self._linear_rows(pool, table_rows)
+            self._ops.lora_add_(y, x, pool.factor("a"), (pool.factor("b"),), rows)
+
+    def _linear_rows(self, pool: PagePool, table_rows: Tensor) -> LoraRows:
+        is_whole = pool.whole_slots.issuperset(self._slots)
+        pages = pool.table[:, 0].index_select(0, table_rows)
+        return LoraRows(pages, lambda: pool.nearest[:, 0].index_select(0, table_rows), pool.num_pages, is_whole)
 
     def _active_pools(self, pools: Iterable[PagePool]) -> list[PagePool]:
         return [pool for pool in pools if pool.slots & self._active]
 
 
 class PagedExpertDeltas:
-    """Implements `layers.lora_site.ExpertDeltas`: for each pool in use the page of every routed row, -1 for none."""
+    """Implements `layers.lora_site.ExpertDeltas`: for each pool in use the page of every routed row."""
 
-    def __init__(self, ops: Ops, pages_of_pools: list[tuple[PagePool, Tensor]]) -> None:
+    def __init__(self, ops: Ops, rows_of_pools: list[tuple[PagePool, LoraRows]]) -> None:
         self._ops = ops
-        self._pages_of_pools = pages_of_pools
+        self._rows_of_pools = rows_of_pools
 
     def add_gate_up_(self, y_MN: Tensor, x_MK: Tensor) -> None:
         """See ExpertDeltas."""
-        for pool, pages_M in self._pages_of_pools:
-            factors = pool.factors
-            self._ops.lora_add_(y_MN, x_MK, factors["a13"], (factors["b_gate"], factors["b_up"]), pages_M)
+        for pool, rows in self._rows_of_pools:
+            bs_PRN = (pool.factor("b_gate"), pool.factor("b_up"))
+            self._ops.lora_add_(y_MN, x_MK, pool.factor("a13"), bs_PRN, rows)
 
     def add_down_(self, y_MN: Tensor, x_MK: Tensor) -> None:
         """See ExpertDeltas."""
-        for pool, pages_M in self._pages_of_pools:
-            self._ops.lora_add_(y_MN, x_MK, pool.factors["a2"], (pool.factors["b2"],), pages_M)
+        for pool, rows in self._rows_of_pools:
+            self._ops.lora_add_(y_MN, x_MK, pool.factor("a2"), (pool.factor("b2"),), rows)

@@ -7,6 +7,7 @@ storage is exact. Pages ascend by (region, slot), which is the order in which th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,11 +19,15 @@ NO_PAGE = -1
 
 @dataclass(frozen=True)
 class HostPages:
-    """An adapter's pages for one pool in host memory: `factors[name]` is [len(regions), rows, columns]."""
+    """An adapter's pages for one pool in host memory: `factors[name]` is [len(regions), rows, columns].
+
+    A's factors, whose names begin with "a", lie transposed, [.., R, K], if `a_rows_first`.
+    """
 
     lora_rank: int
     regions: list[int]
     factors: Mapping[str, Tensor]
+    a_rows_first: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -31,7 +36,11 @@ class HostPages:
 
 
 class PagePool:
-    """All pages of one module and one padded rank. `table[slot + 1, region]` is a page or -1; row 0 is the base."""
+    """All pages of one module and one padded rank.
+
+    `table[slot + 1, region]` is a page or -1, row 0 is the base; `nearest` of the same shape holds the last page at or
+    before (region, slot), page 0 where there is none before.
+    """
 
     def __init__(self, like: HostPages, num_regions: int, max_slots: int, device: torch.device) -> None:
         self.device = device
@@ -40,13 +49,36 @@ class PagePool:
             name: tensor.new_empty((0, *tensor.shape[1:]), device=device) for name, tensor in like.factors.items()
         }
         self.table = torch.full((max_slots + 1, num_regions), NO_PAGE, dtype=torch.int64, device=device)
+        self.nearest = torch.zeros_like(self.table)
         self.slots: frozenset[int] = frozenset()
+        self._a_rows_first = like.a_rows_first
         self._owners: list[tuple[int, int]] = []
+        self._page_of: dict[tuple[int, int], int] = {}
+        self._whole_slots: frozenset[int] = frozenset()
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all pages on the device."""
         return sum(tensor.nbytes for tensor in self.factors.values())
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of all slots."""
+        return len(self._owners)
+
+    @property
+    def whole_slots(self) -> frozenset[int]:
+        """Slots that have a page in every region."""
+        return self._whole_slots
+
+    def factor(self, name: str) -> Tensor:
+        """All pages of one factor, [P, K, R] for A and [P, R, N] for B; a transposed view where it lies so."""
+        stored = self.factors[name]
+        return stored.transpose(1, 2) if self._a_rows_first and name.startswith("a") else stored
+
+    def page(self, slot: int, region: int) -> int:
+        """The page of a slot that has this region, known without asking the device."""
+        return self._page_of[region, slot]
 
     def insert(self, slot: int, pages: HostPages) -> None:
         """Add a slot's pages. The pool is rebuilt, so it holds exactly its pages and stays ordered."""
@@ -74,9 +106,15 @@ class PagePool:
         return torch.tensor(list(pages), dtype=torch.int64, device=self.device)  # type: ignore[call-overload]
 
     def _set_owners(self, owners: list[tuple[int, int]]) -> None:
+        """`owners` are (region, slot), ascending."""
         self._owners = owners
-        self.slots = frozenset(slot for _, slot in owners)
+        self._page_of = {owner: page for page, owner in enumerate(owners)}
+        num_regions = Counter(slot for _, slot in owners)
+        self.slots = frozenset(num_regions)
+        self._whole_slots = frozenset(slot for slot, count in num_regions.items() if count == self.table.shape[1])
         self.table.fill_(NO_PAGE)
         if owners:
             regions, slots = torch.tensor(owners, device=self.device).unbind(1)
             self.table[slots + 1, regions] = torch.arange(len(owners), device=self.device)
+        by_region = self.table.T.flatten()
+        self.nearest.copy_(by_region.cummax(0).values.clamp(min=0).view_as(self.table.T).T)

@@ -15,7 +15,7 @@ import torch
 from loaders.adapter import AdapterTargets, AdapterWeights, load_adapter
 from loaders.errors import LoadError
 from runtime.adapters.device_pages import DevicePages
-from runtime.adapters.host_adapter import HostAdapter, to_host_adapter
+from runtime.adapters.host_adapter import FactorLayout, HostAdapter, to_host_adapter
 from runtime.adapters.info import AdapterInfo, AdapterState
 from runtime.adapters.registry import AdapterRecord, AdapterRegistry, Reply
 from runtime.errors import Conflict, Exhausted, GraftError, Internal, Precondition
@@ -55,12 +55,14 @@ class AdapterStore:
         device: torch.device,
         dtype: torch.dtype,
         wake: Callable[[], None],
+        layout: FactorLayout = FactorLayout(),  # noqa: B008 - frozen
     ) -> None:
         num_experts = max((shape.num_experts for shape in targets.experts.values()), default=0)
         self.pages = DevicePages(num_experts, limits.max_adapters, device)
         self._targets = targets
         self._limits = limits
         self._dtype = dtype
+        self._layout = layout
         self._wake = wake
         self._registry = AdapterRegistry(limits.max_adapters)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
@@ -178,7 +180,7 @@ class AdapterStore:
                 reason="DIGEST_MISMATCH",
                 field="expected_digest",
             )
-        host = to_host_adapter(weights, self._dtype)
+        host = to_host_adapter(weights, self._dtype, self._layout)
         return _Read(weights, host, time.monotonic() - started)
 
     def _hand_over(self, record: AdapterRecord, done: Future[_Read]) -> None:

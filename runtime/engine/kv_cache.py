@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from runtime.layers.placement import Placement
+from runtime.models.deepseek.config import DeepseekConfig
+from runtime.ops.latent_cache import LatentCache
 
 
 class BlockPool:
@@ -39,8 +40,12 @@ class BlockPool:
         blocks.clear()
 
 
-def make_caches(
-    num_layers: int, num_slots: int, latent_width: int, dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
-    """One [slots, latent width] tensor per layer."""
-    return [torch.zeros(num_slots, latent_width, dtype=dtype, device=device) for _ in range(num_layers)]
+def make_caches(config: DeepseekConfig, placement: Placement, num_blocks: int, block_tokens: int) -> list[LatentCache]:
+    """One for each layer, of zeros."""
+    widths = (config.kv_lora_rank, config.qk_rope_head_dim)
+    num_slots = num_blocks * block_tokens
+    make = placement.ops.make_cache
+    return [
+        make(num_slots, block_tokens, widths, placement.dtype, placement.device)
+        for _ in range(config.num_hidden_layers)
+    ]

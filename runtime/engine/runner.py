@@ -16,6 +16,7 @@ from runtime.engine.messages import RequestId, TokenScore
 from runtime.engine.token_scores import score_tokens
 from runtime.models.deepseek.attention_batch import AttentionBatch, PrefillSpan
 from runtime.models.deepseek.model import DeepseekModel
+from runtime.ops.latent_cache import DecodeContext
 
 # Logits of more prompt tokens than this are never in memory at once.
 MAX_SCORED_ROWS = 64
@@ -37,14 +38,7 @@ class Runner:
         self._pages = pages
         self._block_tokens = block_tokens
         self._device = model.placement.device
-        config = model.config
-        self.caches = make_caches(
-            config.num_hidden_layers,
-            num_blocks * block_tokens,
-            config.latent_width,
-            model.placement.dtype,
-            self._device,
-        )
+        self.caches = make_caches(model.config, model.placement, num_blocks, block_tokens)
         self.observe_logits: Callable[[list[RequestId], Tensor], None] | None = None
 
     @torch.inference_mode()
@@ -110,17 +104,14 @@ class Runner:
                 decodes.append(chunk)
                 decode_rows.append(first_row)
             else:
-                slots_L = self._slots([chunk.blocks])[0, :stop]
+                slots_L = self._slots(chunk.blocks)[:stop]
                 prefills.append(PrefillSpan(sequence, first_row, len(positions), slots_L))
-        lens = [chunk.start + 1 for chunk in decodes]
         return AttentionBatch(
             positions_T=self._index(positions),
             write_slots_T=self._index(write_slots),
             decode_rows_B=self._index(decode_rows),
             decode_rows=decode_rows,
-            decode_slots_BL=self._slots([chunk.blocks for chunk in decodes])[:, : max(lens, default=0)],
-            decode_lens_B=self._index(lens),
-            decode_is_padded=min(lens, default=0) < max(lens, default=0),
+            decode_context=self._decode_context(decodes),
             prefills=prefills,
         )
 
@@ -128,14 +119,18 @@ class Runner:
         block, offset = divmod(position, self._block_tokens)
         return chunk.blocks[block] * self._block_tokens + offset
 
-    def _slots(self, block_lists: list[list[int]]) -> Tensor:
-        """Cache slots [sequences, longest] of block lists; short lists are padded with block 0, to be masked."""
-        longest = max((len(blocks) for blocks in block_lists), default=0)
-        padded = self._index([blocks + [0] * (longest - len(blocks)) for blocks in block_lists])
+    def _slots(self, blocks: list[int]) -> Tensor:
+        """The cache slots of blocks, in their order."""
         offsets = torch.arange(self._block_tokens, device=self._device)
-        return (padded.view(len(block_lists), longest, 1) * self._block_tokens + offsets).flatten(1)
+        return (self._index(blocks)[:, None] * self._block_tokens + offsets).flatten()
 
-    def _index(self, values: list[int] | list[list[int]]) -> Tensor:
+    def _decode_context(self, decodes: list[Chunk]) -> DecodeContext:
+        longest = max((len(chunk.blocks) for chunk in decodes), default=0)
+        padded = [chunk.blocks + [0] * (longest - len(chunk.blocks)) for chunk in decodes]
+        table_BN = torch.tensor(padded, dtype=torch.int32, device=self._device).view(len(decodes), longest)
+        return DecodeContext(table_BN, [chunk.start + 1 for chunk in decodes], self._block_tokens)
+
+    def _index(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 

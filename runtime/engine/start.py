@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loaders.config_json import read_eos_token_ids
+from runtime.adapters.host_adapter import FactorLayout
 from runtime.adapters.lora_plan import BASE_SLOT
 from runtime.adapters.store import AdapterStore, StoreLimits
 from runtime.config import EngineConfig
@@ -47,9 +48,10 @@ def start(
     max_model_len, num_blocks = cache_size(config, model_config)
     device = open_device(config.device)
     dtype = resolve_dtype(config.dtype, model_config.stored_dtype)
-    model = load_model(config.model_path, model_config, Placement(device, dtype, make_ops(device)), progress)
+    ops = make_ops(device)
+    model = load_model(config.model_path, model_config, Placement(device, dtype, ops), progress)
     limits = StoreLimits(config.max_adapters, config.max_lora_rank, int(config.adapter_memory_gib * 2**30))
-    adapters = AdapterStore(model_config.adapter_targets(), limits, device, dtype, wake)
+    adapters = AdapterStore(model_config.adapter_targets(), limits, device, dtype, wake, FactorLayout.of(ops))
     runner = Runner(model, adapters.pages, num_blocks, config.kv_block_tokens)
     eos = read_eos_token_ids(config.model_path)
     if max(eos, default=0) >= model_config.vocab_size:

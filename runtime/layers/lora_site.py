@@ -38,10 +38,10 @@ class StepLora(Protocol):
         """For each run of `rows` (ascending token indices) with one adapter: the run, A [K, R] and B [R, N]."""
         ...
 
-    def route_keys(self, experts_TE: Tensor) -> Tensor:
-        """Sort keys [T, E] of routed rows: ascending by expert, then by adapter."""
+    def route_keys(self, experts_TE: Tensor) -> tuple[Tensor, int]:
+        """Sort keys [T, E] of routed rows, ascending by expert, then by adapter; and how many an expert has."""
         ...
 
-    def expert_deltas(self, layer: int, rows_M: Tensor, experts_M: Tensor) -> ExpertDeltas:
-        """The deltas of one layer's sorted routed rows; `rows_M` are their tokens, `experts_M` their experts."""
+    def expert_deltas(self, layer: int, keys_M: Tensor) -> ExpertDeltas:
+        """The deltas of one layer's sorted routed rows by their keys."""
         ...

@@ -19,3 +19,9 @@ class RmsNorm(nn.Module):
     def forward(self, x_TN: Tensor) -> Tensor:
         """[T, N] -> [T, N] in the input's dtype."""
         return self.ops.rms_norm(x_TN, self.weight, self.eps)
+
+    def add(self, x_TN: Tensor, residual_TN: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm of residual + x, that sum), [T, N] each; no residual counts as zeros."""
+        if residual_TN is None:
+            return self(x_TN), x_TN
+        return self.ops.add_rms_norm(x_TN, residual_TN, self.weight, self.eps)

@@ -1,8 +1,9 @@
 """The table of device operations: everything that a back-end may do better than plain PyTorch.
 
-Shape suffixes: T tokens, E chosen experts of a token, M routed rows, G groups, P pages, K and N matrix sides,
-R LoRA rank, B sequences, H heads, C latent width (kv_lora_rank), D rope width, L padded context length, S cache
-slots; a group's weight [K, N] is stored as J panels of W columns each, N = J W.
+Shape suffixes: T tokens, E experts of a router or choices of a token, M routed rows, G groups or keys, P pages, K and N
+matrix sides, R LoRA rank, B sequences, H heads, C latent width (kv_lora_rank), D rope width, X = C + D, L tokens of a
+context, S cache slots; a group's weight [K, N] is stored as J panels of W columns each, N = J W. In attention N, D and
+V are the widths of a head's key part without and with rotation, and of its value.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from runtime.ops import reference
+from runtime.ops import reference, reference_routing
 from runtime.ops.frozen_groups import FrozenGroups, PlainGroups
+from runtime.ops.latent_cache import DecodeContext, LatentCache
+from runtime.ops.lora_rows import LoraRows
+from runtime.ops.rotation import Rotation
+from runtime.ops.routing import RoutingRule, SortedRows
 
 T = TypeVar("T")
 
@@ -24,9 +29,11 @@ class Ops(ABC):
     """Operations of one device. What a back-end does not override runs as the reference does.
 
     `lora_rank_multiple`: ranks of grouped products must be multiples of it; whoever calls them pads with zeros.
+    `lora_a_rows_first`: A is best stored as [P, R, K], of which `lora_add_` is given the transposed view.
     """
 
     lora_rank_multiple = 1
+    lora_a_rows_first = False
 
     def shares(self, counts_G: Tensor) -> list[tuple[slice, slice]]:
         """(groups, rows) of the parts that `side_by_side` gains by; all in one has rows to the end, None."""
@@ -71,24 +78,42 @@ class Ops(ABC):
         """The grouped product along the rows, float32 [G, K, N]: each group's x^T y, zeros for a group without rows."""
 
     @abstractmethod
-    def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:
-        """Add each row's LoRA delta: `y[m] += (x[m] @ a[p]) @ b[p]` with p = pages_M[m]; -1 adds nothing.
+    def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], lora: LoraRows) -> None:
+        """Add each row's LoRA delta: `y[m] += (x[m] @ a[p]) @ b[p]` with p the row's page; no page adds nothing.
 
         Rows of one page are contiguous and pages ascend along the rows that have one. Several `bs` split the
-        columns of `y` and of `a` into equal parts, one for each (gate and up share one shrink).
+        columns of `y` and of `a` into equal parts, one for each (gate and up share one shrink). `bs` are finite, since
+        rows without a page may be multiplied as zeros.
         """
 
-    def combine_experts(self, y_MN: Tensor, order_M: Tensor, weights_TE: Tensor) -> Tensor:
-        """Each token's weighted sum over its E experts' rows, [T, N], summed in float32 in the order of its choice.
+    def choose_experts(self, logits_TE: Tensor, bias_E: Tensor | None, rule: RoutingRule) -> tuple[Tensor, Tensor]:
+        """Weights [T, K] float32 and experts [T, K] (int32 or int64, in any order) of each token, from float32 logits.
 
-        Row m of `y` belongs to place `order_M[m]` of the T x E choices, so a token's sum does not depend on how
-        its neighbours' rows were sorted. `weights_TE` are float32.
+        The bias steers the choice only; weights come from the scores. Without gradients.
         """
-        return reference.combine_experts(y_MN, order_M, weights_TE)
+        return reference_routing.choose_experts(logits_TE, bias_E, rule)
+
+    def sort_rows(self, x_TH: Tensor, keys_TK: Tensor, num_keys: int) -> SortedRows:
+        """Each token's row once for each of its K choices, sorted by key, 0 <= key < num_keys; stable."""
+        return reference_routing.sort_rows(x_TH, keys_TK, num_keys)
+
+    def combine_experts(self, y_MN: Tensor, rows: SortedRows, weights_TE: Tensor) -> Tensor:
+        """Each token's weighted sum over its E choices' rows, [T, N], summed in float32 in the order of its choice.
+
+        Row m of `y` belongs to sorted row m of `rows`, so a token's sum does not depend on how its neighbours' rows
+        were sorted. `weights_TE` are float32.
+        """
+        return reference.combine_experts(y_MN, rows, weights_TE)
 
     def rms_norm(self, x_TN: Tensor, weight_N: Tensor, eps: float) -> Tensor:
         """Root-mean-square norm over the last axis, computed in float32."""
         return reference.rms_norm(x_TN, weight_N, eps)
+
+    def add_rms_norm(
+        self, x_TN: Tensor, residual_TN: Tensor, weight_N: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of residual + x, and that sum. Without gradients."""
+        return reference.add_rms_norm(x_TN, residual_TN, weight_N, eps)
 
     def swiglu(self, x_T2N: Tensor) -> Tensor:
         """silu(first half) * second half of the last axis."""
@@ -102,30 +127,54 @@ class Ops(ABC):
         """Causal attention with gradients within each of D documents of L tokens: [D, H, L, V]."""
         return reference.attention(query_DHLX, key_DHLX, value_DHLV, scale)
 
-    def mla_decode(
-        self,
-        query_BHX: Tensor,
-        cache_SX: Tensor,
-        slots_BL: Tensor,
-        lens_B: Tensor | None,
-        scale: float,
-        num_latent: int,
-    ) -> Tensor:
-        """Absorbed MLA for one query a sequence; X = C + D. Returns the weighted latents [B, H, C].
+    def rotate_interleaved(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """Rotate the pairs (even, odd) of the last axis of x [T, .., D]; the result is written as two halves.
 
-        `lens_B` are the context lengths, None where all have the length L.
+        Queries and keys go through the same permutation, so their products equal those of any other layout.
+        Differentiable.
         """
-        return reference.mla_decode(query_BHX, cache_SX, slots_BL, lens_B, scale, num_latent)
+        return reference.rotate_interleaved(x, rotation)
+
+    def make_cache(
+        self, num_slots: int, block_tokens: int, widths: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> LatentCache:
+        """One layer's cache, zeros; `num_slots` are whole blocks, `widths` the latent's and the rope part's."""
+        return LatentCache.joint(num_slots, block_tokens, widths, dtype, device)
+
+    def write_latents(
+        self,
+        cache: LatentCache,
+        kv_TX: Tensor,
+        norm_weight_C: Tensor,
+        eps: float,
+        rotation: Rotation,
+        slots_T: Tensor,
+    ) -> None:
+        """Norm each row's latent, rotate its key part, and write both into its slot, int64, no slot twice."""
+        reference.write_latents(cache, kv_TX, norm_weight_C, eps, rotation, slots_T)
+
+    def mla_decode(
+        self, query_BHC: Tensor, query_BHD: Tensor, cache: LatentCache, context: DecodeContext, scale: float
+    ) -> Tensor:
+        """Absorbed MLA for one query a sequence, in its two parts. Returns the weighted latents [B, H, C]."""
+        return reference.mla_decode(query_BHC, query_BHD, cache, context, scale)
 
     def attend_block(
-        self, query_HTX: Tensor, key_HLX: Tensor, value_HLV: Tensor, scale: float, *, causal: bool
+        self,
+        query_THN: Tensor,
+        query_THD: Tensor,
+        key_LHN: Tensor,
+        key_LD: Tensor,
+        value_LHV: Tensor,
+        scale: float,
+        *,
+        causal: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Attention over one block of keys: output [H, T, V] and log-sum-exp [H, T], both float32.
+        """Attention over one block of keys: output [T, H, V] and log-sum-exp [T, H], both float32.
 
-        `causal`: the keys are those of the T queries themselves, and query t sees keys 0..t. X is the width of a
-        query and key, V that of a value.
+        `causal`: the keys are those of the T queries themselves, and query t sees keys 0..t. All heads share `key_LD`.
         """
-        return reference.attend_block(query_HTX, key_HLX, value_HLV, scale, causal=causal)
+        return reference.attend_block(query_THN, query_THD, key_LHN, key_LD, value_LHV, scale, causal=causal)
 
 
 def make_ops(device: torch.device) -> Ops:
@@ -138,4 +187,8 @@ def make_ops(device: torch.device) -> Ops:
         from runtime.ops.cuda.ops import CudaOps
 
         return CudaOps()
-    raise ValueError(f"device = {device.type!r} has no back-end here: use cpu or cuda")
+    if device.type == "npu":
+        from runtime.ops.npu.ops import NpuOps
+
+        return NpuOps()
+    raise ValueError(f"device = {device.type!r} has no back-end here: use cpu, cuda or npu")

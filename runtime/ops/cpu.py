@@ -19,6 +19,9 @@ from runtime.ops.base import Ops, T
 from runtime.ops.cpu_attention import causal_attention
 from runtime.ops.cpu_packed_groups import PackedGroups
 from runtime.ops.frozen_groups import FrozenGroups, PlainGroups
+from runtime.ops.latent_cache import DecodeContext, LatentCache
+from runtime.ops.lora_rows import LoraRows
+from runtime.ops.routing import SortedRows
 
 # Rows per group up to which embedding_bag beats matmuls, looped or batched (`benchmarks/grouped_products.py`).
 MAX_BAG_ROWS_PER_BASE_GROUP = 6
@@ -104,8 +107,9 @@ class CpuOps(Ops):
                 start += count
         return outer_GKN
 
-    def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:
+    def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], lora: LoraRows) -> None:
         """See `Ops.lora_add_`."""
+        pages_M = lora.pages_M
         rows = (pages_M >= 0).nonzero().squeeze(1)
         if rows.numel() == 0:
             return
@@ -115,10 +119,9 @@ class CpuOps(Ops):
         else:
             _tile_lora_add_(y_MN, x_MK, a_PKR, bs_PRN, rows, pages, counts)
 
-    def combine_experts(self, y_MN: Tensor, order_M: Tensor, weights_TE: Tensor) -> Tensor:
+    def combine_experts(self, y_MN: Tensor, rows: SortedRows, weights_TE: Tensor) -> Tensor:
         """See `Ops.combine_experts`: one expert after the other, which never writes all rows out in float32."""
-        places_M = torch.empty_like(order_M)
-        places_M[order_M] = torch.arange(order_M.numel())
+        places_M = rows.places_M
         sum_TN = y_MN.new_zeros(weights_TE.shape[0], y_MN.shape[1], dtype=torch.float32)
         for places_T, weights_T in zip(places_M.view_as(weights_TE).unbind(1), weights_TE.unbind(1), strict=True):
             sum_TN.addcmul_(y_MN.index_select(0, places_T).float(), weights_T[:, None])
@@ -148,29 +151,36 @@ class CpuOps(Ops):
         return causal_attention(query, key, value, scale).view(*query_DHLX.shape[:3], -1)
 
     def mla_decode(
-        self,
-        query_BHX: Tensor,
-        cache_SX: Tensor,
-        slots_BL: Tensor,
-        lens_B: Tensor | None,
-        scale: float,
-        num_latent: int,
+        self, query_BHC: Tensor, query_BHD: Tensor, cache: LatentCache, context: DecodeContext, scale: float
     ) -> Tensor:
         """See `Ops.mla_decode`: in float32, whose small products are twice as fast here as those of 16 bits."""
-        latents_BLX = cache_SX.index_select(0, slots_BL.flatten()).float().unflatten(0, slots_BL.shape)
-        return reference.attend_latents(query_BHX.float(), latents_BLX, lens_B, scale, num_latent).to(cache_SX.dtype)
+        query_BHX = torch.cat((query_BHC, query_BHD), dim=-1)
+        latents_BLX = cache.read_joint(context.slots_BL.flatten()).float().unflatten(0, context.slots_BL.shape)
+        lens_B = context.lens_B if context.is_padded else None
+        num_latent = query_BHC.shape[2]
+        return reference.attend_latents(query_BHX.float(), latents_BLX, lens_B, scale, num_latent).to(query_BHX.dtype)
 
     def attend_block(
-        self, query_HTX: Tensor, key_HLX: Tensor, value_HLV: Tensor, scale: float, *, causal: bool
+        self,
+        query_THN: Tensor,
+        query_THD: Tensor,
+        key_LHN: Tensor,
+        key_LD: Tensor,
+        value_LHV: Tensor,
+        scale: float,
+        *,
+        causal: bool,
     ) -> tuple[Tensor, Tensor]:
         """See `Ops.attend_block`: PyTorch's flash kernel, which never holds the scores of a whole block."""
-        num_value = value_HLV.shape[2]
+        query_HTX, key_HLX = reference.joined_heads(query_THN, query_THD, key_LHN, key_LD)
+        num_value = value_LHV.shape[2]
         width = max(query_HTX.shape[2], num_value)
         # The kernel wants one width, and zeros change no product. In 16 bits it loses twice what plain attention does.
-        query, key, value = (pad(x.float(), (0, width - x.shape[2]))[None] for x in (query_HTX, key_HLX, value_HLV))
+        parts = (query_HTX, key_HLX, value_LHV.transpose(0, 1))
+        query, key, value = (pad(x.float(), (0, width - x.shape[2]))[None] for x in parts)
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse_HT = flash(query, key, value, 0.0, causal, scale=scale)
-        return out[0, ..., :num_value], lse_HT[0]
+        return out[0, ..., :num_value].transpose(0, 1), lse_HT[0].T
 
 
 def _has_blocks(weight: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import resource
 import sys
 
@@ -16,8 +17,24 @@ def open_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = 'cuda': this PyTorch sees no CUDA device; use --device cpu")
     if name == "npu":
-        raise ValueError("device = 'npu': the Ascend back-end is not part of this release; use --device cpu or cuda")
+        _require_npu()
     return torch.device(name)
+
+
+def _require_npu() -> None:
+    """Import torch_npu, which makes the device known to torch; it happens here and for no other device."""
+    try:
+        importlib.import_module("torch_npu")
+    except (ImportError, OSError) as error:
+        raise ValueError(
+            f"device = 'npu': torch_npu cannot be imported ({error}); install graft-moe[npu] and CANN, and source "
+            "CANN's set_env.sh in this shell"
+        ) from None
+    if not getattr(torch, "npu").is_available():  # noqa: B009 - torch has it only now
+        raise ValueError(
+            "device = 'npu': torch_npu sees no NPU; check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES, "
+            "or use --device cpu"
+        )
 
 
 def resolve_dtype(name: str, stored: str | None) -> torch.dtype:

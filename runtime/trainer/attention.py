@@ -18,7 +18,7 @@ from runtime.models.deepseek.attention import LATENT_NORM_EPS
 from runtime.models.deepseek.config import DeepseekConfig
 from runtime.models.deepseek.rope import softmax_scale
 from runtime.ops.base import Ops
-from runtime.ops.reference import rotate_interleaved
+from runtime.ops.rotation import Rotation
 from runtime.trainer.lora import LoraParallelLinear, LoraSpec, Split
 from runtime.trainer.micro_batch import DocumentBucket, Documents, MicroBatch
 from runtime.trainer.norm import frozen_rms_norm
@@ -56,15 +56,14 @@ class TrainingAttention(nn.Module):
         self.kv_b_proj = projection("kv_b_proj")
         self.o_proj = projection("o_proj")
 
-    def forward(self, x_TK: Tensor, cos_sin: tuple[Tensor, Tensor], batch: MicroBatch) -> Tensor:
+    def forward(self, x_TK: Tensor, rotation: Rotation, batch: MicroBatch) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        cos, sin = cos_sin
         query_nope, query_rope = self._queries(x_TK, batch.ids_T).split((self.nope, self.rope), dim=-1)
-        query_rope = rotate_interleaved(query_rope, cos[:, None], sin[:, None])
+        query_rope = self.ops.rotate_interleaved(query_rope, rotation)
         compressed = self.kv_a_proj_with_mqa(x_TK, batch.ids_T)
         latent_TC, key_rope = compressed.split((self.num_latent, self.rope), dim=-1)
         latent_TC = enter_parallel(frozen_rms_norm(latent_TC, self.kv_a_layernorm), self.tp)
-        key_rope = enter_parallel(rotate_interleaved(key_rope, cos, sin), self.tp)
+        key_rope = enter_parallel(self.ops.rotate_interleaved(key_rope, rotation), self.tp)
         expanded = self.kv_b_proj(latent_TC, batch.ids_T).view(-1, self.num_heads, self.nope + self.value)
         key_nope, value_THV = expanded.split((self.nope, self.value), dim=-1)
         key_THQ = torch.cat((key_nope, key_rope[:, None].expand(-1, self.num_heads, -1)), dim=-1)

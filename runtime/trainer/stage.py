@@ -14,7 +14,8 @@ from runtime.distributed.mesh import Mesh, MeshShape
 from runtime.layers.norm import RmsNorm
 from runtime.layers.placement import Placement
 from runtime.models.deepseek.config import DeepseekConfig
-from runtime.models.deepseek.rope import cos_sin, inverse_frequencies, rotary_scale
+from runtime.models.deepseek.rope import inverse_frequencies, rotary_scale, rotation_at
+from runtime.ops.rotation import Rotation
 from runtime.trainer.attention import TrainingAttention
 from runtime.trainer.config import ParallelConfig, RoutingConfig
 from runtime.trainer.lora import LoraGroupedExperts, LoraParallelLinear, LoraSpec, Split
@@ -55,7 +56,7 @@ class TrainingLayer(nn.Module):
         else:
             self.mlp = LoraGatedMlp(f"{name}.mlp", config, placement, mesh.tp, specs)
 
-    def forward(self, x_TH: Tensor, rotation: tuple[Tensor, Tensor], batch: MicroBatch) -> Tensor:
+    def forward(self, x_TH: Tensor, rotation: Rotation, batch: MicroBatch) -> Tensor:
         """[T, H] -> [T, H]."""
         x_TH = x_TH + self.self_attn(frozen_rms_norm(x_TH, self.input_layernorm), rotation, batch)
         normed_TH = frozen_rms_norm(x_TH, self.post_attention_layernorm)
@@ -94,7 +95,7 @@ class TrainingStage(nn.Module):
             # go the same way back, also one whose experts or layers have nothing to train.
             if self.mesh.pp.size > 1 or self.mesh.ep.size > 1:
                 x_TH.requires_grad_(torch.is_grad_enabled())
-        rotation = cos_sin(batch.positions_T, self.inverse_frequencies, self.rotary_scale)
+        rotation = rotation_at(batch.positions_T, self.inverse_frequencies, self.rotary_scale)
         for layer in self.layers.values():
             if self.options.activation_checkpointing and self.training:
                 x_TH = checkpoint(layer, x_TH, rotation, batch, use_reentrant=False)

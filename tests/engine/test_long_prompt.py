@@ -51,7 +51,7 @@ def _prompt(length: int) -> list[int]:
 
 
 def _permanent(engine: Engine) -> list[Tensor]:
-    return [*engine.runner.model.parameters(), *engine.runner.caches]
+    return [*engine.runner.model.parameters(), *(tensor for cache in engine.runner.caches for tensor in cache.tensors)]
 
 
 def _run(engine: Engine, prompt: list[int]) -> tuple[list[int], list[int]]:

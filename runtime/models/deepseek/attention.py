@@ -18,7 +18,9 @@ from runtime.layers.placement import Placement
 from runtime.models.deepseek.attention_batch import AttentionBatch, PrefillSpan
 from runtime.models.deepseek.config import DeepseekConfig
 from runtime.models.deepseek.rope import softmax_scale
-from runtime.ops.reference import merge_blocks, rotate_interleaved
+from runtime.ops.latent_cache import LatentCache
+from runtime.ops.reference import merge_blocks
+from runtime.ops.rotation import Rotation
 
 # Bound on the numbers of one block of a prefill: its scores, and the keys and values that it expands.
 MAX_BLOCK_NUMBERS = 2**23
@@ -72,31 +74,28 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self,
         x_TK: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
-        cache_SX: Tensor,
+        rotation: Rotation,
+        cache: LatentCache,
         batch: AttentionBatch,
         lora: StepLora | None,
     ) -> Tensor:
         """[T, hidden] -> [T, hidden]; writes the step's latents into the layer's cache first."""
-        cos, sin = cos_sin
-        query_THQ = self._queries(x_TK, lora)
-        query_nope, query_rope = query_THQ.split((self.nope, self.rope), dim=-1)
-        query_rope = rotate_interleaved(query_rope, cos[:, None], sin[:, None])
-        latent_TC, key_rope = self.kv_a_proj_with_mqa(x_TK, lora).split((self.num_latent, self.rope), dim=-1)
-        row_TX = torch.cat((self.kv_a_layernorm(latent_TC), rotate_interleaved(key_rope, cos, sin)), dim=-1)
-        cache_SX.index_copy_(0, batch.write_slots_T, row_TX)
+        query_nope, query_rope = self._queries(x_TK, lora).split((self.nope, self.rope), dim=-1)
+        query_rope = self.ops.rotate_interleaved(query_rope, rotation)
+        kv_TX = self.kv_a_proj_with_mqa(x_TK, lora)
+        norm = self.kv_a_layernorm
+        self.ops.write_latents(cache, kv_TX, norm.weight, norm.eps, rotation, batch.write_slots_T)
 
         if not batch.prefills:
-            out_THV = self._decode(query_nope, query_rope, cache_SX, batch, lora)
+            out_THV = self._decode(query_nope, query_rope, cache, batch, lora)
         else:
             out_THV = x_TK.new_empty(x_TK.shape[0], self.num_heads, self.value)
             for span in batch.prefills:
                 rows = slice(span.start, span.stop)
-                query = torch.cat((query_nope[rows], query_rope[rows]), dim=-1)
-                out_THV[rows] = self._prefill(query, cache_SX, span, lora)
+                out_THV[rows] = self._prefill(query_nope[rows], query_rope[rows], cache, span, lora)
             if batch.decode_rows:
                 rows_B = batch.decode_rows_B
-                out_THV[rows_B] = self._decode(query_nope[rows_B], query_rope[rows_B], cache_SX, batch, lora)
+                out_THV[rows_B] = self._decode(query_nope[rows_B], query_rope[rows_B], cache, batch, lora)
         out_TK: Tensor = self.o_proj(out_THV.flatten(1), lora)
         return out_TK
 
@@ -109,7 +108,7 @@ class MultiHeadLatentAttention(nn.Module):
         return query.view(-1, self.num_heads, self.nope + self.rope)
 
     def _decode(
-        self, query_nope: Tensor, query_rope: Tensor, cache_SX: Tensor, batch: AttentionBatch, lora: StepLora | None
+        self, query_nope: Tensor, query_rope: Tensor, cache: LatentCache, batch: AttentionBatch, lora: StepLora | None
     ) -> Tensor:
         """One query a sequence: q (W_UK c) = (q W_UK) c, so scores and outputs are taken on the latents themselves.
 
@@ -121,44 +120,39 @@ class MultiHeadLatentAttention(nn.Module):
         for rows, a_CR, b_RO in factors:
             b_RHN = b_RO.view(-1, self.num_heads, self.nope + self.value)[..., : self.nope]
             query_BHC[rows] += torch.einsum("bhn,rhn->bhr", query_nope[rows], b_RHN) @ a_CR.T
-        query_BHX = torch.cat((query_BHC, query_rope), dim=-1)
-        latent_BHC = self.ops.mla_decode(
-            query_BHX,
-            cache_SX,
-            batch.decode_slots_BL,
-            batch.decode_lens_B if batch.decode_is_padded else None,
-            self.scale,
-            self.num_latent,
-        )
+        latent_BHC = self.ops.mla_decode(query_BHC, query_rope, cache, batch.decode_context, self.scale)
         out_BHV = torch.bmm(latent_BHC.transpose(0, 1), self.value_up_HCV).transpose(0, 1)
         for rows, a_CR, b_RO in factors:
             b_RHV = b_RO.view(-1, self.num_heads, self.nope + self.value)[..., self.nope :]
             out_BHV[rows] += torch.einsum("bhr,rhv->bhv", latent_BHC[rows] @ a_CR, b_RHV)
         return out_BHV
 
-    def _prefill(self, query_THX: Tensor, cache_SX: Tensor, span: PrefillSpan, lora: StepLora | None) -> Tensor:
+    def _prefill(
+        self, query_THN: Tensor, query_THD: Tensor, cache: LatentCache, span: PrefillSpan, lora: StepLora | None
+    ) -> Tensor:
         """A chunk of one sequence over its context, block by block of keys, then over itself: memory is bounded."""
         num_queries = span.stop - span.start
         num_context = len(span.slots_L) - num_queries
         width = max(num_queries, self.nope + self.rope + self.value)
         block = max(64, MAX_BLOCK_NUMBERS // (self.num_heads * width))
         edges = [*range(0, num_context, block), num_context]
-        query_HTX = query_THX.transpose(0, 1)
-        key_HLX, value_HLV = self._expand(cache_SX.index_select(0, span.slots_L[num_context:]), span.sequence, lora)
-        merged = self.ops.attend_block(query_HTX, key_HLX, value_HLV, self.scale, causal=True)
-        for start, stop in pairwise(edges):
-            key_HLX, value_HLV = self._expand(cache_SX.index_select(0, span.slots_L[start:stop]), span.sequence, lora)
-            part = self.ops.attend_block(query_HTX, key_HLX, value_HLV, self.scale, causal=False)
-            merged = merge_blocks(*merged, *part)
-        return merged[0].to(query_THX.dtype).transpose(0, 1)
 
-    def _expand(self, rows_LX: Tensor, sequence: int, lora: StepLora | None) -> tuple[Tensor, Tensor]:
-        """Keys [H, L, N + D] and values [H, L, V] of cached rows: the readable form of MLA."""
-        latent_LC, key_rope_LD = rows_LX.split((self.num_latent, self.rope), dim=-1)
+        def attend(start: int, stop: int, *, causal: bool) -> tuple[Tensor, Tensor]:
+            expanded = self._expand(*cache.read(span.slots_L[start:stop]), span.sequence, lora)
+            return self.ops.attend_block(query_THN, query_THD, *expanded, self.scale, causal=causal)
+
+        merged = attend(num_context, num_context + num_queries, causal=True)
+        for start, stop in pairwise(edges):
+            merged = merge_blocks(*merged, *attend(start, stop, causal=False))
+        return merged[0].to(query_THN.dtype)
+
+    def _expand(
+        self, latent_LC: Tensor, key_LD: Tensor, sequence: int, lora: StepLora | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys [L, H, N], their rotated part [L, D] and values [L, H, V] of cached rows: the readable form of MLA."""
         expanded = self.ops.linear(latent_LC, self.kv_b_proj.weight)
         if lora is not None:
             lora.add_linear_of_sequence_(self.kv_b_proj.name, expanded, latent_LC, sequence)
         heads_LHO = expanded.view(-1, self.num_heads, self.nope + self.value)
-        key_nope, value_LHV = heads_LHO.split((self.nope, self.value), dim=-1)
-        key_LHX = torch.cat((key_nope, key_rope_LD[:, None].expand(-1, self.num_heads, -1)), dim=-1)
-        return key_LHX.transpose(0, 1), value_LHV.transpose(0, 1)
+        key_LHN, value_LHV = heads_LHO.split((self.nope, self.value), dim=-1)
+        return key_LHN, key_LD, value_LHV

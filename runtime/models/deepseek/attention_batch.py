@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from runtime.ops.latent_cache import DecodeContext
+
 
 @dataclass(frozen=True)
 class PrefillSpan:
@@ -24,16 +26,13 @@ class PrefillSpan:
 class AttentionBatch:
     """One step's attention layout. All index tensors are int64 on the device.
 
-    `decode_rows_B` are the token rows that decode, ascending; `decode_rows` the same on the host;
-    `decode_slots_BL` their context's cache slots, padded; `decode_lens_B` the context lengths with the new token;
-    `decode_is_padded` tells whether those differ.
+    `decode_rows_B` are the token rows that decode, ascending; `decode_rows` the same on the host; `decode_context`
+    says where their contexts lie.
     """
 
     positions_T: Tensor
     write_slots_T: Tensor
     decode_rows_B: Tensor
     decode_rows: list[int]
-    decode_slots_BL: Tensor
-    decode_lens_B: Tensor
-    decode_is_padded: bool
+    decode_context: DecodeContext
     prefills: list[PrefillSpan]

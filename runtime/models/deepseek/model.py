@@ -19,7 +19,9 @@ from runtime.models.deepseek.attention import MultiHeadLatentAttention
 from runtime.models.deepseek.attention_batch import AttentionBatch
 from runtime.models.deepseek.config import DeepseekConfig
 from runtime.models.deepseek.moe import MixtureOfExperts, RoutedExperts
-from runtime.models.deepseek.rope import cos_sin, inverse_frequencies, rotary_scale
+from runtime.models.deepseek.rope import inverse_frequencies, rotary_scale, rotation_at
+from runtime.ops.latent_cache import LatentCache
+from runtime.ops.rotation import Rotation
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +44,17 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x_TH: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
-        cache_SX: Tensor,
+        residual_TH: Tensor | None,
+        rotation: Rotation,
+        cache: LatentCache,
         batch: AttentionBatch,
         lora: StepLora | None,
-    ) -> Tensor:
-        """[T, H] -> [T, H]."""
-        after_attention: Tensor = x_TH + self.self_attn(self.input_layernorm(x_TH), cos_sin, cache_SX, batch, lora)
-        output: Tensor = after_attention + self.mlp(self.post_attention_layernorm(after_attention), lora)
-        return output
+    ) -> tuple[Tensor, Tensor]:
+        """What the layer before adds [T, H] and what it adds to (None before the first) -> the same of this layer."""
+        x_TH, residual_TH = self.input_layernorm.add(x_TH, residual_TH)
+        x_TH = self.self_attn(x_TH, rotation, cache, batch, lora)
+        x_TH, residual_TH = self.post_attention_layernorm.add(x_TH, residual_TH)
+        return self.mlp(x_TH, lora), residual_TH
 
 
 class DeepseekModel(nn.Module):
@@ -70,15 +74,16 @@ class DeepseekModel(nn.Module):
         self.rotary_scale = rotary_scale(config)
 
     def forward(
-        self, token_ids_T: Tensor, caches: list[Tensor], batch: AttentionBatch, lora: StepLora | None
+        self, token_ids_T: Tensor, caches: list[LatentCache], batch: AttentionBatch, lora: StepLora | None
     ) -> Tensor:
-        """Token ids [T] -> normed hidden states [T, H]; `caches` holds one [S, C + D] tensor per layer."""
+        """Token ids [T] -> normed hidden states [T, H]; `caches` holds one for each layer."""
         x_TH = torch.nn.functional.embedding(token_ids_T, self.embed_tokens)
-        rotation = cos_sin(batch.positions_T, self.inverse_frequencies, self.rotary_scale)
-        for layer, cache_SX in zip(self.layers, caches, strict=True):
-            x_TH = layer(x_TH, rotation, cache_SX, batch, lora)
-        normed: Tensor = self.norm(x_TH)
-        return normed
+        residual_TH: Tensor | None = None
+        rotation = rotation_at(batch.positions_T, self.inverse_frequencies, self.rotary_scale)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x_TH, residual_TH = layer(x_TH, residual_TH, rotation, cache, batch, lora)
+        normed_TH, _ = self.norm.add(x_TH, residual_TH)
+        return normed_TH
 
     def logits(self, hidden_BH: Tensor, rows_B: Tensor, lora: StepLora | None) -> Tensor:
         """Logits [B, vocabulary] in float32 of the hidden states of the step's tokens `rows_B`."""

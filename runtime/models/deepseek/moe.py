@@ -5,7 +5,6 @@ Shape suffixes: T tokens, E experts, H hidden, I expert width, M routed rows (T 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from runtime.layers.lora_site import StepLora
@@ -30,21 +29,19 @@ class RoutedExperts(nn.Module):
 
     def forward(self, x_TH: Tensor, weights: Tensor, experts: Tensor, lora: StepLora | None) -> Tensor:
         """Sum over each token's experts, weighted: [T, H], [T, top-k], [T, top-k] -> [T, H]."""
-        keys = experts if lora is None else lora.route_keys(experts)
-        order_M = keys.flatten().argsort(stable=True)
-        rows_M = order_M.div(experts.shape[1], rounding_mode="floor")
-        experts_M = experts.flatten()[order_M]
-        counts_E = torch.bincount(experts_M, minlength=self.w13.shape[0])
-        x_MH = x_TH.index_select(0, rows_M)  # many times as fast as x_TH[rows_M] on CPU
-        deltas = None if lora is None else lora.expert_deltas(self.layer, rows_M, experts_M)
-        gate_up = self.ops.grouped_matmul(x_MH, self.w13, counts_E)
+        num_experts = self.w13.shape[0]
+        keys, keys_of_expert = (experts, 1) if lora is None else lora.route_keys(experts)
+        rows = self.ops.sort_rows(x_TH, keys, num_experts * keys_of_expert)
+        counts_E = rows.counts_G if lora is None else rows.counts_G.view(num_experts, keys_of_expert).sum(1)
+        deltas = None if lora is None else lora.expert_deltas(self.layer, keys.flatten().index_select(0, rows.order_M))
+        gate_up = self.ops.grouped_matmul(rows.x_MH, self.w13, counts_E)
         if deltas is not None:
-            deltas.add_gate_up_(gate_up, x_MH)
+            deltas.add_gate_up_(gate_up, rows.x_MH)
         inner_MI = self.ops.swiglu(gate_up)
         y_MH = self.ops.grouped_matmul(inner_MI, self.w2, counts_E)
         if deltas is not None:
             deltas.add_down_(y_MH, inner_MI)
-        return self.ops.combine_experts(y_MH, order_M, weights)
+        return self.ops.combine_experts(y_MH, rows, weights)
 
 
 class MixtureOfExperts(nn.Module):

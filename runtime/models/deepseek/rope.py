@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.models.deepseek.config import DeepseekConfig, YarnScaling
+from runtime.ops.rotation import Rotation
 
 
 def inverse_frequencies(config: DeepseekConfig) -> Tensor:
@@ -45,10 +46,10 @@ def softmax_scale(config: DeepseekConfig) -> float:
     return scale
 
 
-def cos_sin(positions_T: Tensor, inverse_frequencies_D: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, D/2] in float32 for the given positions."""
-    angles = positions_T[:, None].float() * inverse_frequencies_D
-    return angles.cos() * scale, angles.sin() * scale
+def rotation_at(positions_T: Tensor, inverse_frequencies_F: Tensor, scale: float) -> Rotation:
+    """The rotation of tokens at the given positions."""
+    angles_TF = positions_T[:, None].float() * inverse_frequencies_F
+    return Rotation(angles_TF.cos() * scale, angles_TF.sin() * scale)
 
 
 def _mscale(factor: float, mscale: float) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.ops.base import Ops
+from runtime.ops.lora_rows import LoraRows
 
 
 class CudaOps(Ops):
@@ -30,21 +31,18 @@ class CudaOps(Ops):
         flash = torch.nn.functional.scaled_dot_product_attention
         return flash(query_DHLX, key_DHLX, value_DHLV, is_causal=True, scale=scale)
 
-    def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], pages_M: Tensor) -> None:
-        """See `Ops.lora_add_`. Rows without a page are moved past the end of the group list and masked."""
-        num_pages = a_PKR.shape[0]
-        has_page = pages_M >= 0
-        order = torch.where(has_page, pages_M, num_pages).argsort(stable=True)
-        counts_P = torch.zeros(num_pages, dtype=torch.int64, device=y_MN.device)
-        counts_P.index_add_(0, pages_M.clamp(min=0), has_page.long())
-        shrunk_MR = _grouped_mm(x_MK[order], a_PKR, counts_P)
-        deltas = [
-            _grouped_mm(part_MR.contiguous(), b_PRN, counts_P)
-            for part_MR, b_PRN in zip(shrunk_MR.chunk(len(bs_PRN), dim=1), bs_PRN, strict=True)
-        ]
-        # Rows past the last group hold whatever was in memory, so they are replaced, not multiplied by zero.
-        delta_MN = torch.where(has_page[order][:, None], torch.cat(deltas, dim=1), 0)
-        y_MN.index_add_(0, order, delta_MN)
+    def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], lora: LoraRows) -> None:
+        """See `Ops.lora_add_`. Rows without a page are multiplied with a neighbour's and then add zeros."""
+        if not lora.num_pages or not x_MK.shape[0]:
+            return
+        ends_P = lora.ends_P.to(torch.int32)
+        shrunk_MR = torch.nn.functional.grouped_mm(x_MK, a_PKR, offs=ends_P)
+        if not lora.all_have_pages:
+            # Replaced, not multiplied by zero: the product with a neighbour's factors may have overflown.
+            shrunk_MR.masked_fill_(~lora.has_page_M1, 0)
+        parts = zip(y_MN.chunk(len(bs_PRN), dim=1), shrunk_MR.chunk(len(bs_PRN), dim=1), bs_PRN, strict=True)
+        for y_part, part_MR, b_PRN in parts:
+            y_part += torch.nn.functional.grouped_mm(part_MR.contiguous(), b_PRN, offs=ends_P)
 
 
 def _grouped_mm(x_MK: Tensor, weight_GKN: Tensor, counts_G: Tensor) -> Tensor:

@@ -1,0 +1,104 @@
+"""Grouped products: one launch of `npu_grouped_matmul` for all groups, group lists that stay on the device.
+
+Shape suffixes as in `base.py`. A group list holds counts or, cumulative, the row after each group's last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch_npu
+from torch import Tensor
+
+from runtime.ops.lora_rows import LoraRows
+
+MAX_GROUPS = 1024
+MAX_INNER_AXIS = 65_535
+# Values of `group_type`: the groups divide the rows of a product, or the axis that it sums over.
+_BY_ROWS, _BY_REDUCED_AXIS = 0, 2
+_ONE_OUTPUT = 3  # of `split_item`; one output for each group would read the group list back to the host
+
+
+def grouped_matmul(x_MK: Tensor, weight_GKN: Tensor, counts_G: Tensor) -> Tensor:
+    """[M, N]; the weight may be a transposed view. Raises ValueError for sizes that the operator does not take."""
+    num_groups = counts_G.shape[0]
+    if num_groups > MAX_GROUPS:
+        raise ValueError(
+            f"npu_grouped_matmul: {num_groups} experts on one device, but it takes {MAX_GROUPS} groups: "
+            "spread the experts over more processes"
+        )
+    # A list of counts must have more than one entry; of one entry the cumulative list is the same.
+    return _multiplied(x_MK, weight_GKN, counts_G, is_cumulative=num_groups == 1)
+
+
+def grouped_outer(x_MK: Tensor, y_MN: Tensor, counts_G: Tensor) -> Tensor:
+    """Each group's x^T y, float32 [G, K, N], zeros for a group without rows."""
+    num_groups = counts_G.shape[0]
+    _require_inner_axis("inputs", x_MK.shape[1])
+    _require_inner_axis("outputs", y_MN.shape[1])
+    if num_groups > MAX_GROUPS:
+        raise ValueError(f"npu_grouped_matmul: {num_groups} groups, but it takes {MAX_GROUPS}")
+    if not x_MK.shape[0] or not num_groups:
+        return x_MK.new_zeros(num_groups, x_MK.shape[1], y_MN.shape[1], dtype=torch.float32)
+    x_MK, y_MN, ends_G = x_MK.contiguous(), y_MN.contiguous(), counts_G.cumsum(0)
+    if x_MK.dtype is not torch.float32:
+        outer_GKN = x_MK.new_zeros(num_groups, x_MK.shape[1], y_MN.shape[1], dtype=torch.float32)
+        torch_npu.npu_grouped_matmul_add_(outer_GKN, x_MK, y_MN, ends_G, group_type=_BY_REDUCED_AXIS, group_list_type=0)
+        return outer_GKN
+    products: Sequence[Tensor] = torch_npu.npu_grouped_matmul(
+        [x_MK.T],
+        [y_MN],
+        group_list=ends_G,
+        split_item=_ONE_OUTPUT,
+        group_type=_BY_REDUCED_AXIS,
+        group_list_type=0,
+    )
+    return products[0].view(num_groups, x_MK.shape[1], y_MN.shape[1])
+
+
+def lora_add_(y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], lora: LoraRows) -> None:
+    """`Ops.lora_add_`: all rows in their order, each launch over as many pages as a group list may have.
+
+    Rows before a launch's first page are counted to that page and rows after its last to the last one, so that every
+    launch has packed rows and fixed shapes; what such rows, and rows without a page, give is replaced by zeros between
+    the two products.
+    """
+    if not x_MK.shape[0]:
+        return
+    for first in range(0, lora.num_pages, MAX_GROUPS):
+        pages = slice(first, min(first + MAX_GROUPS, lora.num_pages))
+        ends = lora.ends_P[pages]
+        if pages.stop < lora.num_pages:
+            ends = ends.clone()
+            ends[-1:] = x_MK.shape[0]
+        shrunk_MR = _multiplied(x_MK, a_PKR[pages], ends, is_cumulative=True)
+        if lora.num_pages > MAX_GROUPS:
+            shrunk_MR.masked_fill_(lora.outside(pages), 0)
+        elif not lora.all_have_pages:
+            shrunk_MR.masked_fill_(~lora.has_page_M1, 0)
+        parts = zip(y_MN.chunk(len(bs_PRN), dim=1), shrunk_MR.chunk(len(bs_PRN), dim=1), bs_PRN, strict=True)
+        for y_part, part_MR, b_PRN in parts:
+            y_part += _multiplied(part_MR, b_PRN[pages], ends, is_cumulative=True)
+
+
+def _multiplied(x_MK: Tensor, weight_GKN: Tensor, group_list_G: Tensor, *, is_cumulative: bool) -> Tensor:
+    _require_inner_axis("inputs", x_MK.shape[1])
+    if weight_GKN.is_contiguous():
+        _require_inner_axis("outputs", weight_GKN.shape[2])
+    if not x_MK.shape[0]:
+        return x_MK.new_empty(0, weight_GKN.shape[2])
+    products: Sequence[Tensor] = torch_npu.npu_grouped_matmul(
+        [x_MK.contiguous()],
+        [weight_GKN],
+        group_list=group_list_G,
+        split_item=_ONE_OUTPUT,
+        group_type=_BY_ROWS,
+        group_list_type=0 if is_cumulative else 1,
+    )
+    return products[0]
+
+
+def _require_inner_axis(what: str, size: int) -> None:
+    if size > MAX_INNER_AXIS:
+        raise ValueError(f"npu_grouped_matmul: {size} {what} of a weight, but it takes {MAX_INNER_AXIS}")

@@ -1,0 +1,65 @@
+"""Pages in the layout that a device asks for, and where rows without a page are counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loaders.adapter import AdapterWeights, ExpertLora, LoraPair
+from loaders.errors import AdapterError
+from runtime.adapters.host_adapter import FactorLayout, _expert_pages, to_host_adapter
+from runtime.adapters.page_pool import HostPages, PagePool
+
+CPU = torch.device("cpu")
+
+
+def _pages(regions: list[int]) -> HostPages:
+    shape = (len(regions), 4, 2)
+    return HostPages(2, regions, {"a": torch.randn(shape), "b": torch.randn(shape).transpose(1, 2).contiguous()})
+
+
+def test_every_place_of_the_table_has_the_last_page_before_it() -> None:
+    pool = PagePool(_pages([0]), num_regions=4, max_slots=2, device=CPU)
+    pool.insert(1, _pages([1, 3]))
+    pool.insert(0, _pages([1]))
+    assert pool.table.tolist() == [[-1, -1, -1, -1], [-1, 0, -1, -1], [-1, 1, -1, 2]]
+    assert pool.nearest.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 1, 1, 2]]
+    assert (pool.page(1, 3), pool.num_pages, pool.whole_slots) == (2, 3, frozenset())
+    pool.remove(0)
+    assert pool.nearest.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+
+
+def test_slots_with_a_page_in_every_region_are_whole() -> None:
+    pool = PagePool(_pages([0]), num_regions=2, max_slots=2, device=CPU)
+    pool.insert(0, _pages([0]))
+    pool.insert(1, _pages([0, 1]))
+    assert pool.whole_slots == {1}
+
+
+@pytest.mark.parametrize("layout", [FactorLayout(), FactorLayout(16, a_rows_first=True)], ids=["plain", "rows first"])
+def test_the_layout_changes_how_factors_lie_but_not_what_they_are(layout: FactorLayout) -> None:
+    torch.manual_seed(0)
+    pairs = [LoraPair(torch.randn(3, 12), torch.randn(20, 3), 0.5) for _ in range(2)]
+    expert = ExpertLora(*pairs, down=LoraPair(torch.randn(3, 20), torch.randn(12, 3), 2.0))
+    pages = _expert_pages(layout.padded_rank(3), {5: expert}, torch.float32, layout)
+    pool = PagePool(pages, num_regions=8, max_slots=1, device=CPU)
+    pool.insert(0, pages)
+    rank = 16 if layout.a_rows_first else 8
+    assert pool.factors["a13"].shape == ((1, 2 * rank, 12) if layout.a_rows_first else (1, 12, 2 * rank))
+    a_gate, a_up = pool.factor("a13")[0].split(rank, dim=1)
+    torch.testing.assert_close(a_gate @ pool.factor("b_gate")[0], 0.5 * (pairs[0].b @ pairs[0].a).T)
+    torch.testing.assert_close(a_up @ pool.factor("b_up")[0], 0.5 * (pairs[1].b @ pairs[1].a).T)
+    assert pool.factor("a2").shape == (1, 20, rank)
+
+
+def test_factors_that_overflow_the_compute_dtype_are_refused_by_module() -> None:
+    """Rows of others are multiplied with them as zeros, and zero times infinity is not zero."""
+    fits = LoraPair(torch.ones(2, 8), torch.full((8, 2), 1e3), 2.0)
+    large = LoraPair(torch.ones(2, 8), torch.full((8, 2), 4e4), 2.0)
+    experts = {3: {1: ExpertLora(None, None, large)}}
+    weights = AdapterWeights({"fits": fits, "large": large}, experts, "", {}, "", (), 0, ())
+    to_host_adapter(weights, torch.bfloat16)
+    with pytest.raises(AdapterError) as refusal:
+        to_host_adapter(weights, torch.float16)
+    assert [problem.split(":")[0] for problem in refusal.value.problems] == ["large", "routed experts of layer 3"]
+    assert "float16" in refusal.value.problems[0]
