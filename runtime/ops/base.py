@@ -69,8 +69,8 @@ class Ops(ABC):
         """Add a grouped product to `y`."""
         y_MN += self.grouped_matmul(x_MK, weight_GJKW, counts_G)
 
-    def freeze_groups(self, weight_GNK: Tensor, *, pack: bool) -> FrozenGroups:
-        """Weights of any number of products in both directions; `pack`: copies may take more memory to be faster."""
+    def pack_groups(self, weight_GNK: Tensor) -> FrozenGroups:
+        """Weights as products in both directions are fastest; the copies may take twice their memory."""
         return PlainGroups(weight_GNK, self)
 
     @abstractmethod

@@ -88,9 +88,9 @@ class CpuOps(Ops):
                 y_MN[start : start + count].addmm_(x_MK[start : start + count], weight_GJKW[group, 0])
                 start += count
 
-    def freeze_groups(self, weight_GNK: Tensor, *, pack: bool) -> FrozenGroups:
-        """See `Ops.freeze_groups`."""
-        return PackedGroups.pack(weight_GNK) if pack and _has_blocks(weight_GNK) else PlainGroups(weight_GNK, self)
+    def pack_groups(self, weight_GNK: Tensor) -> FrozenGroups:
+        """See `Ops.pack_groups`: in bfloat16, where oneDNN has blocks of its own."""
+        return PackedGroups.pack(weight_GNK) if _has_blocks(weight_GNK) else PlainGroups(weight_GNK, self)
 
     def grouped_outer(self, x_MK: Tensor, y_MN: Tensor, counts_G: Tensor) -> Tensor:
         """See `Ops.grouped_outer`: in float32, whose kernels take any number of rows; wide results are faster."""

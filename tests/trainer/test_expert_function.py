@@ -14,6 +14,7 @@ from runtime.ops import cpu_threads
 from runtime.ops.base import Ops
 from runtime.ops.cpu import CpuOps
 from runtime.ops.cpu_packed_groups import PackedGroups
+from runtime.ops.frozen_groups import PlainGroups
 from runtime.trainer.dropout import Dropout
 from runtime.trainer.expert_function import BaseExperts, ExpertFactors, ExpertRows, routed_experts
 from runtime.trainer.reference_experts import reference_experts
@@ -151,7 +152,9 @@ def run(
 
 def frozen(inputs: Inputs, ops: Ops, *, pack: bool = False) -> BaseExperts:
     """The base's weights as the back-end holds them."""
-    return BaseExperts(ops.freeze_groups(inputs.w13, pack=pack), ops.freeze_groups(inputs.w2, pack=pack), ops)
+    if pack:
+        return BaseExperts(ops.pack_groups(inputs.w13), ops.pack_groups(inputs.w2), ops)
+    return BaseExperts(PlainGroups(inputs.w13, ops), PlainGroups(inputs.w2, ops), ops)
 
 
 def dropping_reference(
