@@ -17,7 +17,8 @@ from runtime.layers.linear import Linear
 from runtime.layers.placement import Placement
 from runtime.ops.frozen_groups import PlainGroups
 from runtime.trainer.dropout import Dropout
-from runtime.trainer.expert_function import BaseExperts, ExpertFactors, ExpertRows, routed_experts
+from runtime.trainer.expert_function import BaseExperts, ExpertFactors, routed_experts
+from runtime.trainer.expert_rows import ExpertRows
 from runtime.trainer.parameters import LoraParameter, Side
 
 
