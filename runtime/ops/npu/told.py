@@ -14,3 +14,8 @@ def tell_once(operator: str, reason: str) -> None:
     if (operator, reason) not in _told:
         _told.add((operator, reason))
         logger.warning("%s is replaced by plain PyTorch operations on the device: %s", operator, reason)
+
+
+def replaced() -> list[tuple[str, str]]:
+    """(operator, reason) of everything that was told so far in this process."""
+    return sorted(_told)
