@@ -88,7 +88,7 @@ def run_check(check: Check, ops: Ops, device: torch.device, max_bytes: int | Non
         seconds = median_seconds(prepared.timed or prepared.run, device)
     except Exception as problem:  # noqa: BLE001 - whatever an operator raises is what this program is for
         logger.debug("%s failed", check.name, exc_info=True)
-        return row(detail=detail, status=FAILED, needed_bytes=needed, note=_text_of(problem))
+        return row(detail=detail, status=FAILED, needed_bytes=needed, note=text_of(problem))
     bound = 0.0 if prepared.is_copy else BOUNDS[check.dtype]
     told = [f"{operator} is replaced: {reason}" for operator, reason in replaced() if (operator, reason) not in told_before]
     return row(
@@ -123,7 +123,7 @@ def compare(prepared: Prepared, device: torch.device) -> tuple[float, list[str]]
             if device.type == "cpu":
                 raise
             expected = prepared.reference(_exact_on(CPU))
-            remark = [f"the reference ran on the CPU, since on the device it failed: {_text_of(problem)}"]
+            remark = [f"the reference ran on the CPU, since on the device it failed: {text_of(problem)}"]
     return max(_difference(a, b) for a, b in zip(seen, expected, strict=True)), remark
 
 
@@ -167,6 +167,7 @@ def _timed(call: Callable[[], Results | object], device: torch.device, calls: in
     return (time.perf_counter() - start) / calls
 
 
-def _text_of(problem: Exception) -> str:
+def text_of(problem: Exception) -> str:
+    """An exception in one line."""
     lines = " ".join(str(problem).split())
     return f"{type(problem).__name__}: {lines[:MAX_ERROR_TEXT]}"

@@ -15,6 +15,18 @@ DRIVER_COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 # Beside a device's name, the package that makes torch know it.
 DEVICE_PACKAGES: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ("triton",), "npu": ("torch_npu",)}
+# Below a home of the device's software (CANN), and beside it, the files that tell versions; patterns.
+SOFTWARE_HOMES: dict[str, tuple[str, ...]] = {
+    "cpu": (),
+    "cuda": (),
+    "npu": ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest"),
+}
+VERSION_FILES = ("version.info", "version.cfg", "*/ascend_toolkit_install.info", "*/version.info")
+DRIVER_FILES: dict[str, tuple[str, ...]] = {
+    "cpu": (),
+    "cuda": ("/proc/driver/nvidia/version",),
+    "npu": ("/usr/local/Ascend/driver/version.info", "/usr/local/Ascend/firmware/version.info"),
+}
 
 
 def synchronise(device: torch.device) -> None:
