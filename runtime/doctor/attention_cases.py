@@ -142,7 +142,7 @@ def _mla_decode(shapes: Shapes, ops: Ops, source: Source, *, is_ragged: bool) ->
 
     num_keys = sum(lens) * shapes.num_heads
     return Prepared(
-        described(("query", (*query_BHC.shape[:2], shapes.latent + shapes.rope))) + f", contexts up to {longest} tokens",
+        described(("query", (*query_BHC.shape[:2], shapes.latent + shapes.rope))) + f", contexts up to {longest}",
         run=lambda: (ops.mla_decode(query_BHC, query_BHD, cache, context, shapes.scale),),
         reference=expected,
         moved_bytes=num_bytes(query_BHC) * 2 + num_bytes(query_BHD)
@@ -155,19 +155,20 @@ def _mla_decode(shapes: Shapes, ops: Ops, source: Source, *, is_ragged: bool) ->
 def _attend_block(shapes: Shapes, ops: Ops, source: Source, *, causal: bool) -> Prepared:
     num_queries, num_heads = shapes.chunk_tokens, shapes.num_heads
     num_keys = num_queries if causal else 2 * num_queries
-    tensors = (
-        source.normal(num_queries, num_heads, shapes.nope),
-        source.normal(num_queries, num_heads, shapes.rope),
-        source.normal(num_keys, num_heads, shapes.nope),
-        source.normal(num_keys, shapes.rope),
-        source.normal(num_keys, num_heads, shapes.value),
-    )
+    q, q_rope = (source.normal(num_queries, num_heads, width) for width in (shapes.nope, shapes.rope))
+    k, value = (source.normal(num_keys, num_heads, width) for width in (shapes.nope, shapes.value))
+    k_rope = source.normal(num_keys, shapes.rope)
+
+    def expected(exact: Exact) -> Results:
+        queries, keys = (exact(q), exact(q_rope)), (exact(k), exact(k_rope))
+        return reference.attend_block(*queries, *keys, exact(value), shapes.scale, causal=causal)
+
     num_pairs = num_queries * num_keys * num_heads // (2 if causal else 1)
     return Prepared(
         described(("query", (num_queries, num_heads, shapes.nope + shapes.rope))) + f", {num_keys} keys",
-        run=lambda: ops.attend_block(*tensors, shapes.scale, causal=causal),
-        reference=lambda exact: reference.attend_block(*map(exact, tensors), shapes.scale, causal=causal),
-        moved_bytes=num_bytes(*tensors) + 4 * num_queries * num_heads * (shapes.value + 1),
+        run=lambda: ops.attend_block(q, q_rope, k, k_rope, value, shapes.scale, causal=causal),
+        reference=expected,
+        moved_bytes=num_bytes(q, q_rope, k, k_rope, value) + 4 * num_queries * num_heads * (shapes.value + 1),
         flops=2 * num_pairs * (shapes.nope + shapes.rope + shapes.value),
         workspace_bytes=16 * num_queries * num_keys * num_heads,
     )

@@ -1,4 +1,4 @@
-"""The demo model with its adapters in an engine of this process: mixed batches, known answers, a hot load and unload."""
+"""The demo model with its adapters in an engine here: mixed batches, known answers, a hot load and unload."""
 
 from __future__ import annotations
 
@@ -136,18 +136,18 @@ def _answers(run: DemoRun, tasks: dict[str, list[Sample]], samples_each: int, st
     _, first_seconds = _mixed_batch(run, tasks, samples_each)
     steps_before = run.num_steps
     asked, seconds = _mixed_batch(run, tasks, samples_each)
-    with_adapter = [(request, sample) for request, sample, adapter in asked if adapter is not None]
-    num_exact = sum(run.answer(request) == sample.completion.strip() for request, sample in with_adapter)
+    of_adapters = [adapter is not None for _, _, adapter in asked]
+    are_exact = [run.answer(request) == sample.completion.strip() for request, sample, _ in asked]
+    num_exact = sum(exact for exact, of_adapter in zip(are_exact, of_adapters, strict=True) if of_adapter)
     num_tokens = sum(len(run.tokens[request]) for request, _, _ in asked)
-    base_exact = sum(run.answer(request) == sample.completion.strip() for request, sample, name in asked if name is None)
     blocks = run.engine.scheduler.blocks
-    facts = {
+    facts: dict[str, float | int | str] = {
         "requests": len(asked),
         "adapters": len(tasks),
         "dtype": run.engine.ready.dtype,
         "exact_answers": num_exact,
-        "answers_with_adapter": len(with_adapter),
-        "exact_answers_of_base": base_exact,
+        "answers_with_adapter": sum(of_adapters),
+        "exact_answers_of_base": sum(are_exact) - num_exact,
         "tokens": num_tokens,
         "steps": run.num_steps - steps_before,
         "tokens_per_second": round(num_tokens / seconds, 1),
@@ -156,8 +156,8 @@ def _answers(run: DemoRun, tasks: dict[str, list[Sample]], samples_each: int, st
         "engine_start_seconds": round(start_seconds, 3),
     }
     problems = []
-    if num_exact < MIN_EXACT * len(with_adapter):
-        problems.append(f"{num_exact} of {len(with_adapter)} answers are right, {MIN_EXACT:.0%} must be")
+    if num_exact < MIN_EXACT * sum(of_adapters):
+        problems.append(f"{num_exact} of {sum(of_adapters)} answers are right, {MIN_EXACT:.0%} must be")
     if blocks.num_free != blocks.num_blocks:
         problems.append(f"{blocks.num_blocks - blocks.num_free} blocks of the KV cache were not freed")
     return Finding(DEMO, FAILED if problems else PASSED, facts, "; ".join(problems))
@@ -198,7 +198,7 @@ def _hot_load(run: DemoRun, tasks: dict[str, list[Sample]]) -> Finding:
     seconds.append(time.perf_counter() - start)
     is_right = run.answer(request) == sample.completion.strip()
     bytes_after = run.engine.adapters.pages.num_bytes
-    facts = {
+    facts: dict[str, float | int | str] = {
         "adapter": name,
         "bytes": info.tensor_bytes,
         "unload_ms": round(seconds[0] * 1e3, 2),

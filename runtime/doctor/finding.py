@@ -21,10 +21,10 @@ class Finding:
     note: str = ""
 
 
-def found(name: str, part: Callable[[], Finding]) -> Finding:
-    """A part's finding; what it raises becomes a failed one."""
+def found(name: str, part: Callable[[], list[Finding]]) -> list[Finding]:
+    """A part's findings; what it raises becomes a failed one."""
     try:
         return part()
-    except Exception as problem:  # noqa: BLE001 - a part that fails must not take the report with it
+    except Exception as problem:
         logger.debug("%s failed", name, exc_info=True)
-        return Finding(name, FAILED, note=text_of(problem))
+        return [Finding(name, FAILED, note=text_of(problem))]

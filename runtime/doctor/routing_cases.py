@@ -1,4 +1,4 @@
-"""The router's choice, sorting rows by key, and the sum over a token's experts; suffixes as in `runtime/ops/base.py`."""
+"""The router's choice, sorting rows by key, the sum over a token's experts; suffixes as in `runtime/ops/base.py`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from runtime.doctor.shapes import Shapes
 from runtime.ops import reference, reference_routing
 from runtime.ops.base import Ops
 from runtime.ops.routing import RoutingRule, SortedRows
+
+Choose = Callable[[Tensor, Tensor, RoutingRule], tuple[Tensor, Tensor]]
 
 
 def routing_cases() -> list[Case]:
@@ -31,13 +33,14 @@ def _choose_experts(shapes: Shapes, ops: Ops, source: Source, *, phase: str) -> 
     logits_TE = source.host_normal(shapes.tokens(phase), shapes.num_experts)
     bias_E = source.host_normal(shapes.num_experts).mul_(0.05)
 
-    def dense(choose: Callable[[Tensor, Tensor, RoutingRule], tuple[Tensor, Tensor]], logits: Tensor, bias: Tensor) -> Results:
+    def dense(choose: Choose, logits: Tensor, bias: Tensor) -> Results:
         """Every expert's weight, zero for one that is not chosen: the order of a token's experts does not count."""
         weights, experts = choose(logits, bias, rule)
         return (torch.zeros_like(logits).scatter_(1, experts.long(), weights),)
 
+    groups = f"{rule.num_kept_groups} of {rule.num_groups} groups"
     return Prepared(
-        described(("logits", logits_TE.shape)) + f", {rule.num_chosen} of {rule.num_kept_groups}/{rule.num_groups} groups",
+        described(("logits", logits_TE.shape)) + f", {rule.num_chosen} experts of {groups}",
         run=lambda: dense(ops.choose_experts, logits_TE, bias_E),
         reference=lambda exact: dense(reference_routing.choose_experts, exact(logits_TE), exact(bias_E)),
         timed=lambda: ops.choose_experts(logits_TE, bias_E, rule),

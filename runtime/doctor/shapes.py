@@ -1,4 +1,4 @@
-"""The sizes that operations are checked at: DeepSeek-V3's, the demo model's, and what a CPU is given of the large ones."""
+"""The sizes that operations are checked at: DeepSeek-V3's, the demo's, and what a CPU is given of the large ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from runtime.demo import MODEL_DIR
 from runtime.models.deepseek.config import DeepseekConfig
 
 REDUCTION = (
-    "the widths of deepseek-v3 are kept; of its 16 local experts 4 are computed, of its heads an eighth, of all numbers "
-    "of tokens an eighth"
+    "the widths of deepseek-v3 are kept; 4 of its 16 local experts are computed, and an eighth of its heads and of all "
+    "numbers of tokens; the case with all 256 experts is left out"
 )
 _EXPERT_SHARE, _SHARE = 4, 8
 
