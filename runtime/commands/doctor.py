@@ -83,7 +83,7 @@ def diagnose(device: torch.device, ops: Ops, scale: str, command: str, path: Pat
     for row in _rows(all_checks(device, scale), ops, device, scale):
         report.rows.append(row)
         report.replaced += row.replaced
-        _say(_line(row_cells(row)), *([f"         {row.note}"] if row.note else []))
+        _say(_line(row_cells(row)), *([f"          {row.remark}"] if row.remark else []))
     done()
     for findings in _parts(device, ops, scale):
         report.findings += findings

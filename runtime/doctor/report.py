@@ -100,7 +100,7 @@ def _operations(report: Report) -> Iterator[str]:
     yield ("Error: the largest difference from the float32 reference, relative to its largest number. Time: the median "
            "of one call. GB/s and TFLOP/s count what must be read, written and multiplied once.")  # fmt: skip
     yield ""
-    yield from table(HEADER, [row_cells(row) + (row.detail, row.note) for row in report.rows])
+    yield from table(HEADER, [row_cells(row) + (row.detail, row.remark) for row in report.rows])
     yield ""
     plain = ", ".join(report.plain_operations)
     yield f"Operations that this back-end leaves to plain PyTorch: {plain or 'none'}."

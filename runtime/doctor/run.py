@@ -34,7 +34,7 @@ class Row:
     """What came of one check. `error` is the largest difference relative to the reference's largest number.
 
     `seconds` is the median of one call. `note` says why a check failed or was skipped; `replaced` names
-    operators that ran as plain PyTorch for the first time, and why.
+    operators in whose place plain PyTorch ran, and why.
     """
 
     name: str
@@ -52,6 +52,13 @@ class Row:
     teraflops: float | None = None
     note: str = ""
     replaced: Sequence[str] = ()
+
+    @property
+    def remark(self) -> str:
+        """What is to be said beside the numbers."""
+        operators = sorted({line.partition(":")[0] for line in self.replaced})
+        plain = f"plain PyTorch for {', '.join(operators)}" if operators else ""
+        return "; ".join(text for text in (self.note, plain) if text)
 
 
 def row_of(check: Check) -> Callable[..., Row]:
@@ -81,7 +88,7 @@ def run_checks(
 def run_check(check: Check, ops: Ops, device: torch.device, max_bytes: int | None = None) -> Row:
     """One check; what it raises becomes its row."""
     row, detail, needed = row_of(check), "", 0
-    told_before = set(replaced())
+    replaced_before = replaced()
     try:
         detail, needed = _needs(check, ops)
         free = memory_bytes(device)[0] - SPARE_BYTES
@@ -96,7 +103,6 @@ def run_check(check: Check, ops: Ops, device: torch.device, max_bytes: int | Non
         logger.debug("%s failed", check.name, exc_info=True)
         return row(detail=detail, status=FAILED, needed_bytes=needed, note=text_of(problem))
     bound = 0.0 if prepared.is_copy else BOUNDS[check.dtype]
-    told = [f"{operator}: {reason}" for operator, reason in replaced() if (operator, reason) not in told_before]
     return row(
         detail=detail,
         status=PASSED if error <= bound else FAILED,
@@ -107,7 +113,7 @@ def run_check(check: Check, ops: Ops, device: torch.device, max_bytes: int | Non
         gigabytes_per_second=prepared.moved_bytes / seconds / 1e9,
         teraflops=prepared.flops / seconds / 1e12 if prepared.flops else None,
         note="; ".join(remark),
-        replaced=told,
+        replaced=sorted(f"{operator}: {reason}" for operator, reason in replaced() - replaced_before),
     )
 
 

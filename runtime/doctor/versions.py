@@ -39,7 +39,7 @@ def gather(device: torch.device) -> dict[str, str]:
         "cpu": f"{device_info.cpu_model()}, {os.cpu_count()} cores",
         "host memory": "{}, {} free".format(*map(_gib, reversed(device_info.memory_bytes(torch.device("cpu"))))),
     }
-    facts |= dict(_software(kind))
+    facts |= dict(software(kind))
     facts |= {" ".join(command): command_output(command) for command in device_info.DRIVER_COMMANDS[kind]}
     return facts
 
@@ -49,8 +49,8 @@ def environment() -> dict[str, str]:
     return device_environment()
 
 
-def _software(kind: str) -> Iterator[tuple[str, str]]:
-    """Version files of the device's software and driver."""
+def software(kind: str) -> Iterator[tuple[str, str]]:
+    """Path and contents of the version files of a kind of device's software and driver."""
     homes = [Path(home) for home in (*(cann_homes() if device_info.SOFTWARE_HOMES[kind] else ()),
                                      *device_info.SOFTWARE_HOMES[kind])]  # fmt: skip
     found = [path for home in homes for pattern in device_info.VERSION_FILES for path in sorted(home.glob(pattern))]
