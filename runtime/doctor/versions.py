@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from runtime.doctor.run import text_of
 from runtime.env import cann_homes, device_environment
 from runtime.ops import device_info
 from runtime.version import version
@@ -31,13 +32,11 @@ def gather(device: torch.device) -> dict[str, str]:
         "torch": f"{torch.__version__} ({torch.get_num_threads()} threads)",
     }
     facts |= {name: _package(name) for name in (*device_info.DEVICE_PACKAGES[kind], *PACKAGES)}
-    names = device_info.device_names(device)
-    free, total = device_info.memory_bytes(device)
     facts |= {
-        "devices": f"{len(names)} x {names[0]}" if len(set(names)) == 1 else "; ".join(names) or "none",
-        "device memory": f"{_gib(total)}, {_gib(free)} free",
+        "devices": _asked(lambda: _devices(device)),
+        "device memory": _asked(lambda: _memory(device)),
         "cpu": f"{device_info.cpu_model()}, {os.cpu_count()} cores",
-        "host memory": "{}, {} free".format(*map(_gib, reversed(device_info.memory_bytes(torch.device("cpu"))))),
+        "host memory": _memory(torch.device("cpu")),
     }
     facts |= dict(software(kind))
     facts |= {" ".join(command): command_output(command) for command in device_info.DRIVER_COMMANDS[kind]}
@@ -95,6 +94,24 @@ def command_output(command: tuple[str, ...]) -> str:
         return f"cannot be run: {error}"
     said = (done.stdout or done.stderr).strip() or "nothing"
     return said if done.returncode == 0 else f"exit status {done.returncode}: {said}"
+
+
+def _asked(question: Callable[[], str]) -> str:
+    """A driver's answer, or what it raised."""
+    try:
+        return question()
+    except Exception as problem:
+        return f"not told: {text_of(problem)}"
+
+
+def _devices(device: torch.device) -> str:
+    names = device_info.device_names(device)
+    return f"{len(names)} x {names[0]}" if len(set(names)) == 1 else "; ".join(names) or "none"
+
+
+def _memory(device: torch.device) -> str:
+    free, total = device_info.memory_bytes(device)
+    return f"{_gib(total)}, {_gib(free)} free"
 
 
 def _gib(num_bytes: int) -> str:
