@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loaders.adapter import ExpertLora, LoraPair
-from runtime.adapters.host_adapter import FactorLayout, _expert_pages
+from loaders.adapter import AdapterWeights, ExpertLora, LoraPair
+from loaders.errors import AdapterError
+from runtime.adapters.host_adapter import FactorLayout, _expert_pages, to_host_adapter
 from runtime.adapters.page_pool import HostPages, PagePool
 
 CPU = torch.device("cpu")
@@ -49,3 +50,16 @@ def test_the_layout_changes_how_factors_lie_but_not_what_they_are(layout: Factor
     torch.testing.assert_close(a_gate @ pool.factor("b_gate")[0], 0.5 * (pairs[0].b @ pairs[0].a).T)
     torch.testing.assert_close(a_up @ pool.factor("b_up")[0], 0.5 * (pairs[1].b @ pairs[1].a).T)
     assert pool.factor("a2").shape == (1, 20, rank)
+
+
+def test_factors_that_overflow_the_compute_dtype_are_refused_by_module() -> None:
+    """Rows of others are multiplied with them as zeros, and zero times infinity is not zero."""
+    fits = LoraPair(torch.ones(2, 8), torch.full((8, 2), 1e3), 2.0)
+    large = LoraPair(torch.ones(2, 8), torch.full((8, 2), 4e4), 2.0)
+    experts = {3: {1: ExpertLora(None, None, large)}}
+    weights = AdapterWeights({"fits": fits, "large": large}, experts, "", {}, "", (), 0, ())
+    to_host_adapter(weights, torch.bfloat16)
+    with pytest.raises(AdapterError) as refusal:
+        to_host_adapter(weights, torch.float16)
+    assert [problem.split(":")[0] for problem in refusal.value.problems] == ["large", "routed experts of layer 3"]
+    assert "float16" in refusal.value.problems[0]

@@ -9,14 +9,17 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from tests.oracle.base_models import Oracle
+if TYPE_CHECKING:  # adapters are also written where transformers is not installed
+    from transformers import PreTrainedModel
+
+    from tests.oracle.base_models import Oracle
 
 ATTENTION = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 KINDS = (*ATTENTION, "dense_mlp", "shared_experts", "routed_experts", "lm_head")

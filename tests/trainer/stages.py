@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,15 +25,21 @@ from runtime.trainer.parameters import LoraParameter, Side
 from runtime.trainer.stage import StageOptions, TrainingStage
 from runtime.trainer.step_data import Row, num_target_tokens
 from runtime.trainer.targets import resolve_targets
-from tests.oracle.base_models import Oracle
 
 CPU = torch.device("cpu")
 ALL_LINEAR = LoraSettings(("all-linear",), rank=4, alpha=8.0)
 ROW_TOKENS = 64
 
 
+class Base(Protocol):
+    """A base on disk: an oracle, or one without transformers beside it."""
+
+    @property
+    def path(self) -> Path: ...
+
+
 def make_stage(
-    base: Oracle,
+    base: Base,
     lora: LoraSettings = ALL_LINEAR,
     *,
     routing: RoutingConfig = RoutingConfig(),  # noqa: B008 - frozen

@@ -1,4 +1,4 @@
-"""Strict CPU kernels under the real operator names of torch_npu: `install()` once, then call `torch_npu` as on a device.
+"""Strict CPU kernels under the real operator names of torch_npu: `install()` once, then call it as on a device.
 
 They check every documented limit, raise `BenchError` where the device would fail, and fill with NaN what it leaves
 uninitialised. Where two documents differ, the stricter reading counts. Numerical types are the device's; products are

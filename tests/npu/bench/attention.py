@@ -1,4 +1,4 @@
-"""npu_fused_infer_attention_score, both versions: MLA decode on the paged latent cache, and prefill of packed sequences.
+"""npu_fused_infer_attention_score, both versions: MLA decode on a paged latent cache, prefill of packed sequences.
 
 Shape suffixes: T tokens of all sequences, B sequences, N heads, S positions of one sequence, D widths.
 """
@@ -43,7 +43,7 @@ PREFILL_WIDTHS = {V1: {192: (128, 192)}, V2: {128: (128,), 192: (128, 192)}}
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of both versions under one set of names; `q_lens` and `kv_lens` are host lists as they were given."""
+    """The arguments of both versions under one set of names; `q_lens` and `kv_lens` are the host lists as given."""
 
     operator: str
     query: Tensor
@@ -94,7 +94,8 @@ def fused_infer_attention_score(
         kv_padding_size=kv_padding_size, key_shared_prefix=key_shared_prefix, value_shared_prefix=value_shared_prefix,
         actual_shared_prefix_len=actual_shared_prefix_len, key_rope_antiquant_scale=key_rope_antiquant_scale,
     )
-    _require_defaults(V1, (antiquant_mode, key_antiquant_mode, value_antiquant_mode), pre_tokens, next_tokens, inner_precise)
+    modes = (antiquant_mode, key_antiquant_mode, value_antiquant_mode)
+    _require_defaults(V1, modes, pre_tokens, next_tokens, inner_precise)
     return _attend(Call(
         V1, query, key, value, query_rope, key_rope, atten_mask, actual_seq_lengths, actual_seq_lengths_kv, block_table,
         num_heads, num_key_value_heads, scale, input_layout, sparse_mode, block_size, softmax_lse_flag,
@@ -155,7 +156,9 @@ def _attend(call: Call) -> tuple[Tensor, Tensor]:
     return _decode(call) if call.query.shape[-1] == NUM_LATENT else _prefill(call)
 
 
-def _softmax_attention(query_NSD: Tensor, key_NLD: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _softmax_attention(
+    query_NSD: Tensor, key_NLD: Tensor, value: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
     """Output [N, S, V] and log-sum-exp [N, S], float32; `causal`: the last query sees all keys."""
     scores = query_NSD.float() @ key_NLD.float().transpose(-1, -2) * scale
     if causal:
@@ -166,7 +169,8 @@ def _softmax_attention(query_NSD: Tensor, key_NLD: Tensor, value: Tensor, scale:
 
 def require_compressed_mask(operator: str, mask: Tensor | None) -> None:
     """The causal mask of 2048 x 2048 that stands for every length: True above the diagonal."""
-    require(mask is not None, operator, "atten_mask", None, f"causal modes need the {COMPRESSED_MASK} x {COMPRESSED_MASK} mask")
+    require(mask is not None, operator, "atten_mask", None,
+            f"causal modes need the {COMPRESSED_MASK} x {COMPRESSED_MASK} mask")
     assert mask is not None
     require_dtype(operator, "atten_mask", mask, (torch.bool, torch.int8, torch.uint8))
     size = COMPRESSED_MASK
@@ -181,7 +185,8 @@ def _require_mask(call: Call, causal: bool) -> None:
     if causal:
         require_compressed_mask(call.operator, call.mask)
     else:
-        call.require(call.mask is None, "atten_mask", "given", f"sparse_mode {call.sparse_mode} goes without a mask here")
+        call.require(call.mask is None, "atten_mask", "given",
+                     f"sparse_mode {call.sparse_mode} goes without a mask here")
 
 
 # ---- decode: absorbed MLA, one latent head
@@ -210,7 +215,8 @@ def _decode(call: Call) -> tuple[Tensor, Tensor]:
         call.require(call.q_lens is None or all(length == len(rows[0]) for length in call.q_lens), "actual_seq_lengths",
                      call.q_lens, "the bench models queries without padding")
     longest = max(len(row) for row in rows)
-    call.require(1 <= longest <= MAX_DECODE_TOKENS, "tokens of a sequence", longest, f"1..{MAX_DECODE_TOKENS} are possible")
+    call.require(1 <= longest <= MAX_DECODE_TOKENS, "tokens of a sequence", longest,
+                 f"1..{MAX_DECODE_TOKENS} are possible")
     require_one_of(call.operator, "sparse_mode", call.sparse_mode, (0,) if longest == 1 else (3,))
     _require_mask(call, causal=longest > 1)
     contexts = _paged_contexts(call, [len(row) for row in rows])
@@ -252,11 +258,13 @@ def _paged_contexts(call: Call, q_lens: list[int]) -> list[Tensor]:
     require_dtype(call.operator, "block_table", call.block_table, (torch.int32,))
     require_rank(call.operator, "block_table", call.block_table, 2)
     lens = _lengths(call, len(q_lens))
-    call.require(len(call.block_table) == len(q_lens), "len(block_table)", len(call.block_table), f"there are {len(q_lens)} sequences")
+    call.require(len(call.block_table) == len(q_lens), "len(block_table)", len(call.block_table),
+                 f"there are {len(q_lens)} sequences")
     joint = torch.cat((call.key.reshape(-1, size, NUM_LATENT), call.key_rope.reshape(-1, size, NUM_ROPE)), dim=-1)
     contexts = []
     for table, length, num_queries in zip(call.block_table.tolist(), lens, q_lens, strict=True):
-        call.require(length >= max(num_queries, 1), "actual_seq_lengths_kv", length, f"the sequence has {num_queries} queries")
+        call.require(length >= max(num_queries, 1), "actual_seq_lengths_kv", length,
+                     f"the sequence has {num_queries} queries")
         blocks = table[: -(-length // size)]
         inside = len(blocks) * size >= length and all(0 <= block < len(joint) for block in blocks)
         call.require(inside, "block_table", blocks, f"{length} tokens need blocks in 0..{len(joint) - 1}")
@@ -308,12 +316,14 @@ def _prefill(call: Call) -> tuple[Tensor, Tensor]:
     call.require(len(key) == len(value), "value.shape", list(value.shape), f"key is {list(key.shape)}")
     q_lens = _lengths_from_cumulative(call, "actual_seq_lengths", call.q_lens, len(query))
     kv_lens = _lengths_from_cumulative(call, "actual_seq_lengths_kv", call.kv_lens, len(key))
-    call.require(len(q_lens) == len(kv_lens), "len(actual_seq_lengths_kv)", len(kv_lens), f"there are {len(q_lens)} sequences")
+    call.require(len(q_lens) == len(kv_lens), "len(actual_seq_lengths_kv)", len(kv_lens),
+                 f"there are {len(q_lens)} sequences")
     require_one_of(call.operator, "sparse_mode", call.sparse_mode, (0, 3))
     causal = call.sparse_mode == 3
     _require_mask(call, causal)
     fits = not causal or all(q <= kv for q, kv in zip(q_lens, kv_lens, strict=True))
-    call.require(fits, "actual_seq_lengths", q_lens, f"with sparse_mode 3 no sequence may have more queries than keys: {kv_lens}")
+    call.require(fits, "actual_seq_lengths", q_lens,
+                 f"with sparse_mode 3 no sequence may have more queries than keys: {kv_lens}")
     parts = [_softmax_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), call.scale, causal)
              for q, k, v in zip(_split(query, q_lens), _split(key, kv_lens), _split(value, kv_lens), strict=True)]
     out_NTV, lse_NT = (torch.cat(both, dim=1) for both in zip(*parts, strict=True))

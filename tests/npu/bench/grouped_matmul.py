@@ -113,7 +113,9 @@ def _require_layout(argument: str, weight: Tensor) -> None:
             "it must be contiguous or the transposed view of a contiguous tensor, strides (K N, 1, K)")
 
 
-def counts_of(operator: str, group_list: Tensor, group_list_type: int | None, num_groups: int, num_rows: int) -> list[int]:
+def counts_of(
+    operator: str, group_list: Tensor, group_list_type: int | None, num_groups: int, num_rows: int
+) -> list[int]:
     """The rows of each group, after all checks of a group list; rows beyond the sum belong to no group."""
     require_one_of(operator, "group_list_type", group_list_type, (0, 1))
     require_dtype(operator, "group_list", group_list, (torch.int64,))

@@ -71,7 +71,9 @@ def on_host(tensor: Tensor) -> Tensor:
     """Mark a tensor as one that lies in host memory: the kernels refuse it.
 
     All tensors of the bench are CPU tensors, so where one lies on a real machine cannot be told by its device. A host
-    list of integers is told apart by its overload (`.List`) or refused by the schema; a host tensor only by this mark.
+    list of integers is told apart by its overload (`.List`); a host tensor only by this mark. The other way round, a
+    device tensor given for a list of integers is read back by torch before any kernel sees it; a test that forbids
+    `_local_scalar_dense` finds that.
     """
     setattr(tensor, _HOST_MARK, True)
     return tensor

@@ -52,8 +52,8 @@ def attention_update(lse: list[Tensor], local_out: list[Tensor], update_type: in
     together = torch.stack(lse)
     highest = together.amax(0)
     joined = highest + (together - highest).exp().sum(0).log()
-    out = sum((part.float() * (part_lse - joined).exp()[:, None] for part_lse, part in zip(lse, local_out, strict=True)),
-              torch.zeros(first.shape))
+    shares = (together - joined).exp()[..., None]
+    out = (torch.stack(local_out).float() * shares).sum(0)
     return out.to(first.dtype), joined if update_type == 1 else poison(joined.shape, torch.float32)
 
 

@@ -86,7 +86,8 @@ def _operator(name: str) -> Function:
 def _run_with_autograd(entry: Kernel, *args: Any, **kwargs: Any) -> object:
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in([args, kwargs]))
     if wanted and entry.formula is None:
-        refuse(entry.name, "requires_grad", True, "the operator has no derivative: wrap it in a torch.autograd.Function")
+        refuse(entry.name, "requires_grad", True,
+               "the operator has no derivative: wrap it in a torch.autograd.Function")
     if wanted:
         return _differentiate(entry, args, kwargs)
     with torch._C._AutoDispatchBelowAutograd():

@@ -48,7 +48,8 @@ def _require_angles(operator: str, x: Tensor, angles: tuple[tuple[str, Tensor], 
         require_same_dtype(operator, name, tensor, "x", x)
         require_rank(operator, name, tensor, 4)
         require_contiguous(operator, name, tensor)
-        require(tensor.shape[2] in (1, x.shape[2]), operator, f"{name}.shape", list(tensor.shape), f"x is {list(x.shape)}")
+        require(tensor.shape[2] in (1, x.shape[2]), operator, f"{name}.shape", list(tensor.shape),
+                f"x is {list(x.shape)}")
         require_shape(operator, name, tensor, [x.shape[0], 1, tensor.shape[2], NUM_ROPE])
 
 
@@ -85,7 +86,8 @@ def rotary_mul(
     require_dtype(ROTARY, "input", input, FLOATS)
     require_rank(ROTARY, "input", input, 4)
     width = input.shape[3]
-    require(width % 2 == 0 and width < MAX_ROTARY_WIDTH, ROTARY, "D", width, f"it must be even and < {MAX_ROTARY_WIDTH}")
+    require(width % 2 == 0 and width < MAX_ROTARY_WIDTH, ROTARY, "D", width,
+            f"it must be even and < {MAX_ROTARY_WIDTH}")
     for name, tensor in (("r1", r1), ("r2", r2)):
         require_same_dtype(ROTARY, name, tensor, "input", input)
         require_rank(ROTARY, name, tensor, 4)
@@ -196,7 +198,7 @@ def gather_pa_kv_cache(
     key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, key: Tensor, value: Tensor, *,
     seq_offset: Tensor | None = None, is_seq_lens_cumsum: bool = False,
 ) -> None:
-    """Copy each sequence's cached rows, one after the other, into key and value, in place; rows beyond stay as they are."""
+    """Copy each sequence's cached rows, one after the other, into key and value, in place; rows beyond stay."""
     refuse_unmodelled(GATHER, seq_offset=seq_offset)
     require(not is_seq_lens_cumsum, GATHER, "is_seq_lens_cumsum", is_seq_lens_cumsum, "the bench models lengths only")
     for name, tensor in (("block_tables", block_tables), ("seq_lens", seq_lens)):
@@ -210,7 +212,8 @@ def gather_pa_kv_cache(
         require_contiguous(GATHER, f"{name}_cache", cache)
         require_contiguous(GATHER, name, out)
         require_same_dtype(GATHER, name, out, f"{name}_cache", cache)
-        require(out.shape[0] >= sum(lens) and out.shape[1:] == cache.shape[2:], GATHER, f"{name}.shape", list(out.shape),
+        require(out.shape[0] >= sum(lens) and out.shape[1:] == cache.shape[2:], GATHER,
+                f"{name}.shape", list(out.shape),
                 f"it must be [>= {sum(lens)}, {list(cache.shape[2:])}]")
         block_size, start = cache.shape[1], 0
         for table, length in zip(block_tables.tolist(), lens, strict=True):

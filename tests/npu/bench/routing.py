@@ -67,7 +67,8 @@ def _require_gating(x: Tensor, k: int, bias: Tensor | None, k_group: int, group_
     require_dtype(GATING, "x", x, FLOATS)
     require_rank(GATING, "x", x, 2)
     num_experts = x.shape[1]
-    require(num_experts <= MAX_EXPERTS_OF_ROUTER, GATING, "experts", num_experts, f"<= {MAX_EXPERTS_OF_ROUTER} are possible")
+    require(num_experts <= MAX_EXPERTS_OF_ROUTER, GATING, "experts", num_experts,
+            f"<= {MAX_EXPERTS_OF_ROUTER} are possible")
     if bias is not None:
         require_same_dtype(GATING, "bias", bias, "x", x)
         require_shape(GATING, "bias", bias, [num_experts])
@@ -108,10 +109,11 @@ def init_routing(
     num_active = int(counts.sum())
     rows = poison((len(chosen), x.shape[1]), x.dtype)
     rows[:num_active] = x[order[:num_active] // expert_idx.shape[1]]
-    index = poison((len(chosen),), torch.int32) if row_idx_type == 1 else torch.full((len(chosen),), -1, dtype=torch.int32)
     if row_idx_type == 1:
+        index = poison((len(chosen),), torch.int32)
         index[:num_active] = order[:num_active].int()
     else:
+        index = torch.full((len(chosen),), -1, dtype=torch.int32)
         index[order[:num_active]] = torch.arange(num_active, dtype=torch.int32)
     counted = counts.cumsum(0) if expert_tokens_num_type == 0 else counts
     return rows, index, counted, poison((len(chosen),), torch.float32)
@@ -132,7 +134,7 @@ def _require_routing(x: Tensor, expert_idx: Tensor, expert_num: int, active_num:
     require(wants_counts, INIT, "expert_tokens_num_flag", wants_counts, "it must be True")
     if expert_idx.numel():
         low, high = int(expert_idx.min()), int(expert_idx.max())
-        require(0 <= low and high < expert_num, INIT, "expert_idx", f"{low}..{high}", f"ids lie in 0..{expert_num - 1}")
+        require(low >= 0 and high < expert_num, INIT, "expert_idx", f"{low}..{high}", f"ids lie in 0..{expert_num - 1}")
 
 
 @kernel(FINALIZE)
@@ -155,9 +157,11 @@ def finalize_routing(
     require_dtype(FINALIZE, "expanded_src_to_dst_row", index, (torch.int32,))
     require_rank(FINALIZE, "expanded_src_to_dst_row", index, 1)
     num_chosen = _chosen(rows, scales, k)
-    require(len(index) % num_chosen == 0, FINALIZE, "len(expanded_src_to_dst_row)", len(index), f"it is T K, K = {num_chosen}")
+    require(len(index) % num_chosen == 0, FINALIZE, "len(expanded_src_to_dst_row)", len(index),
+            f"it is T K, K = {num_chosen}")
     num_tokens = len(index) // num_chosen
-    require(not may_drop or rows.shape[0] >= num_chosen, FINALIZE, "E", rows.shape[0], f"it must be >= K = {num_chosen}")
+    require(not may_drop or rows.shape[0] >= num_chosen, FINALIZE, "E", rows.shape[0],
+            f"it must be >= K = {num_chosen}")
     require(may_drop or len(rows) == len(index), FINALIZE, "rows", len(rows), f"they must be T K = {len(index)}")
     flat = rows.flatten(0, -2)
     lowest = -1 if may_drop else 0

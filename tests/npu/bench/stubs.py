@@ -1,7 +1,7 @@
 """Stub CANN libraries, with which the installed torch_npu can be imported on a machine without an NPU.
 
-`python -m tests.npu.bench.stubs OUT_DIR` reads what torch_npu's libraries need (NEEDED entries and undefined symbols, by
-readelf and nm), subtracts what the loader, torch and torch_npu itself provide, and builds one shared object for each
+`python -m tests.npu.bench.stubs OUT_DIR` reads what torch_npu's libraries need (NEEDED entries and undefined symbols,
+by readelf and nm), subtracts what the loader, torch and torch_npu itself provide, and builds one shared object for each
 library that remains, whose functions return an error code. torch_npu is not imported for this.
 """
 
@@ -103,7 +103,7 @@ def build(folder: Path) -> list[Path]:
     """
     absent = [tool for tool in TOOLS if shutil.which(tool) is None]
     if absent:
-        raise StubsError(f"{', '.join(absent)} not found: stub libraries need gcc and binutils (Debian: apt install gcc)")
+        raise StubsError(f"{', '.join(absent)} not found: the stubs need gcc and binutils (Debian: apt install gcc)")
     npu, torch = _package_folder("torch_npu"), _package_folder("torch")
     libraries, providers = _libraries(npu), _libraries(torch)
     sonames = missing_sonames(libraries, (path.name for path in (*libraries, *providers)))

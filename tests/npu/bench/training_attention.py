@@ -95,8 +95,10 @@ def _require_shapes(query: Tensor, key: Tensor, value: Tensor, head_num: int) ->
     # One sentence of the document allows a narrower value, another asks for key and value of one shape.
     require_shape(FUSION, "value", value, key.shape)
     require_shape(FUSION, "key", key, [query.shape[0], key.shape[1], key.shape[2], query.shape[3]])
-    require(key.shape[1] == query.shape[1], FUSION, "heads of key", key.shape[1], "the bench models as many as query has")
-    require(head_num == query.shape[1] <= MAX_HEADS, FUSION, "head_num", head_num, f"query has {query.shape[1]}, <= {MAX_HEADS}")
+    require(key.shape[1] == query.shape[1], FUSION, "heads of key", key.shape[1],
+            "the bench models as many as query has")
+    require(head_num == query.shape[1] <= MAX_HEADS, FUSION, "head_num", head_num,
+            f"query has {query.shape[1]}, <= {MAX_HEADS}")
     require(1 <= query.shape[3] <= MAX_WIDTH, FUSION, "D", query.shape[3], f"it must lie in 1..{MAX_WIDTH}")
 
 
