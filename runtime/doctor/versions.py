@@ -100,7 +100,7 @@ def _asked(question: Callable[[], str]) -> str:
     """A driver's answer, or what it raised."""
     try:
         return question()
-    except Exception as problem:
+    except Exception as problem:  # noqa: BLE001 - a broken driver is what the report is for
         return f"not told: {text_of(problem)}"
 
 

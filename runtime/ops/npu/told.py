@@ -7,16 +7,16 @@ from collections import Counter
 
 logger = logging.getLogger(__name__)
 
-_times: Counter[tuple[str, str]] = Counter()
+_told: Counter[tuple[str, str]] = Counter()
 
 
 def tell_once(operator: str, reason: str) -> None:
     """Log that an operator was replaced by plain PyTorch, and why; the same again says nothing."""
-    _times[operator, reason] += 1
-    if _times[operator, reason] == 1:
+    _told[operator, reason] += 1
+    if _told[operator, reason] == 1:
         logger.warning("%s is replaced by plain PyTorch operations on the device: %s", operator, reason)
 
 
 def replaced() -> Counter[tuple[str, str]]:
     """How often each operator was replaced in this process so far, by (operator, reason)."""
-    return _times.copy()
+    return _told.copy()
