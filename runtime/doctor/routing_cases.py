@@ -72,7 +72,7 @@ def _sort_rows(shapes: Shapes, ops: Ops, source: Source, *, phase: str) -> Prepa
         reference=lambda exact: results(reference_routing.sort_rows(exact(x_TH), exact(keys_TK), num_keys)),
         timed=lambda: ops.sort_rows(x_TH, keys_TK, num_keys),
         moved_bytes=num_bytes(x_TH) * (1 + shapes.num_chosen) + 2 * num_bytes(keys_TK),
-        workspace_bytes=8 * x_TH.numel() * shapes.num_chosen,
+        workspace_bytes=16 * x_TH.numel() * shapes.num_chosen,
         is_copy=True,
     )
 
@@ -96,5 +96,5 @@ def _combine_experts(shapes: Shapes, ops: Ops, source: Source, *, phase: str) ->
         reference=expected,
         moved_bytes=num_bytes(y_MN, weights_TE, order_M) + num_bytes(y_MN) // shapes.num_chosen,
         flops=2 * y_MN.numel(),
-        workspace_bytes=12 * y_MN.numel(),
+        workspace_bytes=16 * y_MN.numel(),
     )
