@@ -21,13 +21,15 @@ from runtime.ops.lora_rows import LoraRows
 
 
 def expert_cases() -> list[Case]:
-    """Of `grouped_matmul`, `grouped_matmul_add_`, `grouped_outer` and `lora_add_`."""
+    """Of `grouped_matmul`, `pack_groups`, `grouped_matmul_add_`, `grouped_outer` and `lora_add_`."""
     return [
         Case("grouped_matmul", "decode, gate and up", partial(_base_product, phase="decode", side="gate_up")),
         Case("grouped_matmul", "prefill, gate and up", partial(_base_product, phase="prefill", side="gate_up")),
         Case("grouped_matmul", "prefill, down", partial(_base_product, phase="prefill", side="down")),
         Case("grouped_matmul", "decode, all experts", _all_experts, full_size_only=True),
         Case("grouped_matmul", "training, weights as on disk", _transposed_product),
+        Case("pack_groups", "training, forward", partial(_packed_product, is_forward=True)),
+        Case("pack_groups", "training, gradient of x", partial(_packed_product, is_forward=False)),
         Case("grouped_matmul_add_", "training, expand", _expand_add),
         Case("grouped_outer", "training, gradient of B", partial(_outer, of_b=True)),
         Case("grouped_outer", "training, gradient of A", partial(_outer, of_b=False)),
@@ -85,6 +87,28 @@ def _product(ops: Ops, source: Source, x_MK: Tensor, weight_GJKW: Tensor) -> Pre
         moved_bytes=num_bytes(x_MK) + num_bytes(weight_GJKW[0]) * num_hit + x_MK.element_size() * len(x_MK) * num_n,
         flops=2 * x_MK.numel() * num_n,
         workspace_bytes=8 * len(x_MK) * num_n,
+    )
+
+
+def _packed_product(shapes: Shapes, ops: Ops, source: Source, *, is_forward: bool) -> Prepared:
+    """A product by packed weights in one of both directions; packing is not timed."""
+    num_k, num_n, _ = _widths(shapes, "gate_up")
+    num_rows, num_groups = shapes.routed_rows(shapes.prefill_tokens), shapes.num_local_experts
+    weight_GNK = source.normal(num_groups, num_n, num_k, scale=num_k**-0.5, parts=num_groups)
+    packed = ops.pack_groups(weight_GNK)
+    counts = source.spread(num_rows, num_groups)
+    counts_G = source.place(torch.tensor(counts))
+    x_MK = source.normal(num_rows, num_k if is_forward else num_n)
+    product = packed.forward if is_forward else packed.backward
+    plain = (weight_GNK.transpose(1, 2) if is_forward else weight_GNK)[:, None]
+    num_hit = len(counts) - counts.count(0)
+    return Prepared(
+        described(("x", x_MK.shape), ("weight", weight_GNK.shape)) + f", {num_hit} groups with rows",
+        run=lambda: (product(x_MK, counts_G),),
+        reference=lambda exact: (_grouped_reference(exact, x_MK, plain, counts),),
+        moved_bytes=num_bytes(x_MK) + num_bytes(weight_GNK[0]) * num_hit + x_MK.element_size() * num_rows * num_n,
+        flops=2 * num_rows * num_k * num_n,
+        workspace_bytes=2 * num_bytes(weight_GNK) + 8 * num_rows * max(num_k, num_n),
     )
 
 
