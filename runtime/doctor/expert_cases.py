@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 
 import torch
@@ -17,6 +17,7 @@ from runtime.doctor.case import Case, Exact, Prepared, Results, Source, describe
 from runtime.doctor.shapes import Shapes
 from runtime.ops import reference
 from runtime.ops.base import Ops
+from runtime.ops.frozen_groups import FrozenGroups
 from runtime.ops.lora_rows import LoraRows
 
 
@@ -95,16 +96,19 @@ def _packed_product(shapes: Shapes, ops: Ops, source: Source, *, is_forward: boo
     num_k, num_n, _ = _widths(shapes, "gate_up")
     num_rows, num_groups = shapes.routed_rows(shapes.prefill_tokens), shapes.num_local_experts
     weight_GNK = source.normal(num_groups, num_n, num_k, scale=num_k**-0.5, parts=num_groups)
-    packed = ops.pack_groups(weight_GNK)
+
+    @cache
+    def packed() -> FrozenGroups:
+        return ops.pack_groups(weight_GNK)
+
     counts = source.spread(num_rows, num_groups)
     counts_G = source.place(torch.tensor(counts))
     x_MK = source.normal(num_rows, num_k if is_forward else num_n)
-    product = packed.forward if is_forward else packed.backward
     plain = (weight_GNK.transpose(1, 2) if is_forward else weight_GNK)[:, None]
     num_hit = len(counts) - counts.count(0)
     return Prepared(
         described(("x", x_MK.shape), ("weight", weight_GNK.shape)) + f", {num_hit} groups with rows",
-        run=lambda: (product(x_MK, counts_G),),
+        run=lambda: (getattr(packed(), "forward" if is_forward else "backward")(x_MK, counts_G),),
         reference=lambda exact: (_grouped_reference(exact, x_MK, plain, counts),),
         moved_bytes=num_bytes(x_MK) + num_bytes(weight_GNK[0]) * num_hit + x_MK.element_size() * num_rows * num_n,
         flops=2 * num_rows * num_k * num_n,
