@@ -3,7 +3,7 @@
     python -m benchmarks.train_vs_peft [--tiny] [--threads N] [--models DIR] [--results DIR]
 
 Same model, rows, optimizer and machine; every run is a process of its own, so that its peak memory is its own. First
-each side's ways (dtype, and how PEFT's side computes experts) are tried for one step after a warm-up, and given up
+each side's ways (dtype, and how PEFT's side computes experts) are tried for one step after warm-up, and given up
 once they take twice as long as the fastest; then both sides' fastest run in turn, and the median of all steps counts.
 """
 
@@ -233,7 +233,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side, in turn")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of a process, after one that warms up")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a process, after two that warm up")
     parser.add_argument("--max-seconds", type=float, default=600.0, help="of one process, before giving up")
     return parser.parse_args()
 
