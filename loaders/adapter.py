@@ -1,7 +1,5 @@
 """LoRA adapters: recognise the layout, check every key against the base, and convert to plain factors."""
 
-import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,6 +13,7 @@ from loaders.adapter_report import describe
 from loaders.adapter_types import AdapterTargets, AdapterWeights, ExpertLora, ExpertShape, LoraPair, ReplacementExperts
 from loaders.errors import AdapterError
 from loaders.family import explain_other_base
+from loaders.finite import non_finite
 
 __all__ = [
     "WRITERS",
@@ -57,7 +56,7 @@ def load_adapter(
         tensors = folder.read(wanted)
         digest = folder.digest
 
-    context.problems.extend(_non_finite(tensors))
+    context.problems.extend(non_finite(tensors))
     _refuse(folder.path, context.problems)
     is_zero = all(not bool(tensors[pair.b.stored.name].any()) for pair in keys.pairs)
     builder = AdapterBuilder()
@@ -108,16 +107,6 @@ def _refuse(path: Path, problems: list[str]) -> None:
     if problems:
         noun = "problem" if len(problems) == 1 else "problems"
         raise AdapterError(f"{path}: adapter refused, {len(problems)} {noun}", problems)
-
-
-def _non_finite(tensors: dict[str, torch.Tensor]) -> Iterable[str]:
-    for name, tensor in tensors.items():
-        # Both ends of the range show NaN and infinity without a temporary of the tensor's size.
-        low, high = (end.item() for end in torch.aminmax(tensor))
-        if math.isnan(low) or math.isnan(high):
-            yield f"{name}: contains NaN"
-        elif math.isinf(low) or math.isinf(high):
-            yield f"{name}: contains infinite values"
 
 
 def _kept_bytes(builder: AdapterBuilder) -> int:
