@@ -10,7 +10,15 @@ from loaders.adapter_formats import FORMATS, WRITERS, AdapterBuilder, AdapterFor
 from loaders.adapter_formats.param_wrapper import ParamWrapperFormat
 from loaders.adapter_keys import FactorPair, SortedKeys, sort_keys
 from loaders.adapter_report import describe
-from loaders.adapter_types import AdapterTargets, AdapterWeights, ExpertLora, ExpertShape, LoraPair, ReplacementExperts
+from loaders.adapter_types import (
+    AdapterTargets,
+    AdapterWeights,
+    ExpertLora,
+    ExpertShape,
+    LoraPair,
+    ReplacementExperts,
+    num_kept_bytes,
+)
 from loaders.errors import AdapterError
 from loaders.family import explain_other_base
 from loaders.finite import non_finite
@@ -64,14 +72,15 @@ def load_adapter(
         for pair in pairs:
             adapter_format.build(pair, tensors, context, builder)
     _refuse(folder.path, context.problems)
+    experts = {layer: dict(sorted(own.items())) for layer, own in sorted(builder.experts.items())}
     return AdapterWeights(
         linears=builder.linears,
-        experts={layer: dict(sorted(experts.items())) for layer, experts in sorted(builder.experts.items())},
+        experts=experts,
         digest=digest,
         config=folder.config,
         layout=" + ".join(adapter_format.layout for adapter_format, _ in plan),
         skipped=(*folder.skipped, *keys.skipped, *builder.skipped),
-        num_bytes=_kept_bytes(builder),
+        num_bytes=num_kept_bytes(builder.linears, experts),
         warnings=_warnings(context, is_zero),
         evidence=tuple(context.evidence),
     )
@@ -107,15 +116,6 @@ def _refuse(path: Path, problems: list[str]) -> None:
     if problems:
         noun = "problem" if len(problems) == 1 else "problems"
         raise AdapterError(f"{path}: adapter refused, {len(problems)} {noun}", problems)
-
-
-def _kept_bytes(builder: AdapterBuilder) -> int:
-    pairs = list(builder.linears.values())
-    for experts in builder.experts.values():
-        for expert in experts.values():
-            pairs += [pair for pair in (expert.gate, expert.up, expert.down) if pair is not None]
-    factors = {(factor.data_ptr(), factor.nbytes) for pair in pairs for factor in (pair.a, pair.b)}
-    return sum(num_bytes for _, num_bytes in factors)
 
 
 def _warnings(context: FormatContext, is_zero: bool) -> tuple[str, ...]:

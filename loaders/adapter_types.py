@@ -78,6 +78,16 @@ class AdapterWeights:
     evidence: tuple[str, ...] = ()
 
 
+def num_kept_bytes(linears: Mapping[str, LoraPair], experts: Mapping[int, Mapping[int, ExpertLora]]) -> int:
+    """Bytes of all factors, those that several modules share counted once."""
+    pairs = list(linears.values())
+    for layer in experts.values():
+        for expert in layer.values():
+            pairs += [pair for pair in (expert.gate, expert.up, expert.down) if pair is not None]
+    factors = {(factor.data_ptr(), factor.nbytes) for pair in pairs for factor in (pair.a, pair.b)}
+    return sum(num_bytes for _, num_bytes in factors)
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
     """Full weights of one routed expert in their stored dtype: gate and up [I, H], down [H, I]."""
