@@ -2,6 +2,7 @@
 
 import math
 import os
+import stat
 import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -42,7 +43,10 @@ class ShardFile:
             raise AdapterError(f"{path}: cannot be opened ({cause.strerror}); files must be regular ones") from None
         self._stack.callback(os.close, self._fd)
         try:
-            self.num_bytes = os.fstat(self._fd).st_size
+            status = os.fstat(self._fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise AdapterError(f"{path}: not a regular file")
+            self.num_bytes = status.st_size
             self.tensors = self._from_safetensors() if path.suffix == ".safetensors" else self._from_torch()
         except BaseException:
             self._stack.close()
@@ -108,9 +112,9 @@ class ShardFile:
         size = max_bytes if exact else entry.file_size
         if size > max_bytes or start + size > entry.file_size:
             raise AdapterError(f"{self.label}: {entry.filename[:80]!r} has {entry.file_size} bytes: too many or few")
+        if not 0 <= entry.header_offset <= self.num_bytes - _LOCAL_HEADER_BYTES:
+            raise AdapterError(f"{self.label}: truncated, or its directory is broken")
         header = os.pread(self._fd, _LOCAL_HEADER_BYTES, entry.header_offset)
-        if len(header) < _LOCAL_HEADER_BYTES:
-            raise AdapterError(f"{self.label}: truncated")
         names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         position = entry.header_offset + _LOCAL_HEADER_BYTES + names + start
         if position + size > self.num_bytes:
