@@ -15,10 +15,10 @@ from torch import Tensor
 
 from loaders.adapter_types import AdapterTargets, ExpertShape
 
-EXPERTS, HIDDEN, INTERMEDIATE, RANK, ALPHA = 4, 12, 5, 2, 6
+EXPERTS, HIDDEN, INTERMEDIATE, RANK, ALPHA = 4, 48, 16, 2, 6
 SCALE = ALPHA / RANK
 LAYER = 1
-HEAD = (20, HIDDEN)
+HEAD = (96, HIDDEN)
 TARGETS = AdapterTargets({"lm_head": HEAD}, {LAYER: ExpertShape(EXPERTS, HIDDEN, INTERMEDIATE)}, 2)
 PREFIX = "base_model.model."
 MOE = f"model.layers.{LAYER}.mlp.experts"

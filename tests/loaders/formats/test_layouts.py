@@ -98,9 +98,9 @@ def with_tensor(written: Written, key: str, *shape: int) -> Written:
     ("key", "shape", "words"),
     [
         ("gate_proj.lora_A.weight", (EXPERTS, RANK, 2048), "hidden 2048 (V2-Lite or Moonlight)"),
-        ("gate_proj.lora_A.weight", (EXPERTS + 1, RANK, HIDDEN), "expected [4 or 1, r, 12] and [4 or 1, 5, r]"),
-        ("down_proj.lora_B.weight", (EXPERTS, RANK, HIDDEN), "expected [4 or 1, r, 5] and [4 or 1, 12, r]"),
-        ("up_proj.lora_B.weight", (EXPERTS, INTERMEDIATE, RANK + 1), "lora_B [4, 5, 3]"),
+        ("gate_proj.lora_A.weight", (EXPERTS + 1, RANK, HIDDEN), "expected [4 or 1, r, 48] and [4 or 1, 16, r]"),
+        ("down_proj.lora_B.weight", (EXPERTS, RANK, HIDDEN), "expected [4 or 1, r, 16] and [4 or 1, 48, r]"),
+        ("up_proj.lora_B.weight", (EXPERTS, INTERMEDIATE, RANK + 1), "lora_B [4, 16, 3]"),
     ],
 )
 def test_stacks_of_another_base_are_refused(tmp_path: Path, key: str, shape: tuple[int, ...], words: str) -> None:

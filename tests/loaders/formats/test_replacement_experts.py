@@ -71,8 +71,8 @@ def test_every_problem_of_an_esft_folder_is_named(tmp_path: Path) -> None:
     del tensors[f"{MOE}.0.up_proj.weight"]
     tensors["model.norm.weight"] = torch.ones(HIDDEN)
     tensors["model.layers.0.mlp.experts.0.up_proj.weight"] = torch.ones(2, 2)
-    tensors[f"{MOE}.9.up_proj.weight"] = torch.ones(5, 12)
-    tensors[f"{MOE}.2.up_proj.weight"] = torch.ones(5, 2048)
+    tensors[f"{MOE}.9.up_proj.weight"] = torch.ones(16, 48)
+    tensors[f"{MOE}.2.up_proj.weight"] = torch.ones(16, 2048)
     tensors[f"{MOE}.2.gate_proj.weight"] = torch.ones(WIDTHS["gate"]).double()
     problems = refusal(tmp_path, tensors, shared_experts=True, mystery=1).problems
     words = [
