@@ -6,6 +6,7 @@ time), so nothing here goes the way that the loader goes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,6 +166,11 @@ def automodel() -> Written:
         written.change_gate_up(expert, b[expert].T, a[expert].T)
         written.change(expert, "down", down_b[expert].T, down_a[expert].T)
     return written
+
+
+def as_json(settings: dict[str, Any]) -> str:
+    """The text of adapter_config.json."""
+    return json.dumps({"peft_type": "LORA"} | settings)
 
 
 LAYOUTS: dict[str, Callable[[], Written]] = {
