@@ -56,7 +56,9 @@ def load_adapter(
         keys = sort_keys(folder.tensors, targets)
         problems = keys.problems
         rules = read_rules(folder.config, problems)
-        context = FormatContext(targets, rules, max_lora_rank, writer, folder.is_unsloth_card(), problems)
+        context = FormatContext(
+            targets, rules, max_lora_rank, writer, folder.is_unsloth_card(), folder.b_order_note, problems
+        )
         problems.extend(explain_other_base(folder.config, targets))
         plan = _plan(keys, context)
         _refuse(folder.path, context.problems)

@@ -159,6 +159,12 @@ class AdapterFolder:
         self._hashes.append((name, len(data), hashlib.sha256(data).hexdigest()))
         return parse_json_object(data, f"{self.path}: {name}", AdapterError)
 
+    @property
+    def b_order_note(self) -> str | None:
+        """What Graft's own files of stacks say of lora_B's columns in their metadata: `rank_major`."""
+        notes = [str(file.metadata.get("lora_B", "")) for file in self._files]
+        return "rank_major" if notes and all(note.endswith("(rank_major)") for note in notes) else None
+
     def is_unsloth_card(self) -> bool:
         """Whether README.md has the tag that Unsloth gives its adapters; a card that cannot be read says nothing."""
         if CARD_FILE not in os.listdir(self._dir_fd):

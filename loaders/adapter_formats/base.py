@@ -28,7 +28,8 @@ class StackOrder:
 class FormatContext:
     """What a layout may look at: the base, the rules of adapter_config.json, and the limits; it adds problems.
 
-    `writer` is the user's own word for what wrote the file, `is_unsloth_card` whether its README is tagged Unsloth's.
+    `writer` is the user's own word for what wrote the file, `is_unsloth_card` whether its README is tagged Unsloth's,
+    `b_order_note` the order of lora_B's columns by the file's metadata.
     """
 
     targets: AdapterTargets
@@ -36,6 +37,7 @@ class FormatContext:
     max_lora_rank: int
     writer: str | None = None
     is_unsloth_card: bool = False
+    b_order_note: str | None = None
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     evidence: list[str] = field(default_factory=list)

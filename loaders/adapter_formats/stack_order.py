@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 from loaders.adapter_formats.base import FormatContext, StackOrder
 
-_VERSION = re.compile(r"0\.(\d+)(?:\.|$|[a-z])")
-_FIRST_UNSWAPPED_MINOR = 19
+_VERSION = re.compile(r"(\d+)\.(\d+)(?:\.|$|[a-z])")
+_FIRST_UNSWAPPED = (0, 19)
 _MARKERS = ("rank_major", "grouped_by_expert")
 
 
@@ -65,20 +65,24 @@ def _by_config(possible: dict[str, StackOrder], context: FormatContext) -> dict[
     """Narrow the writers down by adapter_config.json; what contradicts the shapes is a problem."""
     config = context.rules.raw
     marker, version = config.get("lora_B_layout"), config.get("peft_version")
-    if marker is not None and marker not in _MARKERS:
+    if marker is None and context.b_order_note is not None:
+        marker = context.b_order_note
+        context.evidence.append(f"{marker} in the metadata of the safetensors file")
+    elif marker is not None and marker not in _MARKERS:
         context.problems.append(
             f"adapter_config.json: lora_B_layout {str(marker)[:40]!r} is not one of {', '.join(_MARKERS)}"
         )
         return {}
-    if marker is not None:
+    elif marker is not None:
         context.evidence.append(f"lora_B_layout {marker} in adapter_config.json")
+    if marker is not None:
         is_expert_major = marker == "grouped_by_expert"
         possible = {name: order for name, order in possible.items() if order.is_expert_major == is_expert_major}
     version = version[:20] if isinstance(version, str) else ""
     match = _VERSION.match(version)
     if match is None or (marker is None and _is_from_unsloth(context)):
         return possible
-    is_swapped = int(match[1]) < _FIRST_UNSWAPPED_MINOR
+    is_swapped = (int(match[1]), int(match[2])) < _FIRST_UNSWAPPED
     if is_swapped not in {order.is_swapped for order in possible.values()}:
         context.problems.append(
             f"adapter_config.json: peft_version {version!r} wrote stacks with in and out "

@@ -80,6 +80,11 @@ def test_an_option_that_does_not_change_the_weights_is_taken(tmp_path: Path, opt
     assert load_adapter(write(tmp_path, **{option: HARMLESS[option]}), TARGETS).experts
 
 
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "eva", False])
+def test_an_initialisation_that_leaves_the_base_alone_is_taken(tmp_path: Path, init: object) -> None:
+    assert load_adapter(write(tmp_path, init_lora_weights=init), TARGETS).experts
+
+
 @pytest.mark.parametrize(
     ("base_name", "model_type", "is_refused"),
     [

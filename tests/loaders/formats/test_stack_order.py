@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from loader_builders import assert_same_deltas, our_deltas, write_adapter
+from loader_builders import TinyModel, assert_same_deltas, our_deltas, write_adapter
 from safetensors.torch import load
 
 from loaders.adapter import WRITERS, AdapterTargets, ExpertShape, load_adapter
 from loaders.errors import AdapterError
+from runtime.cli import main
 from runtime.config import ADAPTER_WRITERS
 from tests.loaders.formats import layouts
-from tests.loaders.formats.layouts import ALPHA, EXPERTS, HIDDEN, LAYER, MOE, RANK, TARGETS, Written, flat
+from tests.loaders.formats.layouts import ALPHA, EXPERTS, HIDDEN, LAYER, MOE, RANK, TARGETS, Written, flat, per_expert
 
 WRITTEN = Path(__file__).parent / "written"
 
@@ -73,11 +74,34 @@ def test_a_file_of_unsloth_without_its_mark_is_refused(tmp_path: Path, sign: dic
     load_adapter(write(tmp_path, written, lora_B_layout="rank_major"), TARGETS)
 
 
+@pytest.mark.parametrize(
+    ("version", "is_swapped"), [("0.17.0", True), ("0.18.2.dev0", True), ("0.19.0rc1", False), ("1.0.0", False)]
+)
+def test_versions_are_compared_as_numbers(tmp_path: Path, version: str, is_swapped: bool) -> None:
+    written = flat(is_swapped=is_swapped, is_expert_major=False, peft_version=version)
+    assert_same_deltas(our_deltas(load_adapter(write(tmp_path, written), TARGETS)), written.deltas, 1e-4)
+
+
 def test_a_model_card_of_unsloth_is_a_sign_too(tmp_path: Path) -> None:
     path = write(tmp_path, flat(is_swapped=False, is_expert_major=False, peft_version="0.19.1"))
     load_adapter(path, TARGETS)
     (path / "README.md").write_text("---\ntags:\n- base_model:adapter:x\n- unsloth\n---\n")
     assert "names Unsloth but not lora_B_layout" in problem_of(path)
+
+
+def test_stacks_that_graft_exported_say_their_order_themselves(
+    tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also for a base whose name would leave it open."""
+    written = per_expert()
+    path = write(tmp_path / "in", written, base_model_name_or_path="unsloth/DeepSeek-V3")
+    out = tmp_path / "out"
+    arguments = ["export", path, "--base", tiny.path, "--out", out, "--format", "peft-v5", "--dtype", "float32"]
+    assert main([str(argument) for argument in arguments]) == 0
+    weights = load_adapter(out, TARGETS)
+    assert_same_deltas(our_deltas(weights), written.deltas, 1e-4)
+    assert "rank_major in the metadata of the safetensors file" in weights.evidence
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize(
