@@ -1,25 +1,36 @@
 """LoRA adapters: recognise the layout, check every key against the base, and convert to plain factors."""
 
-import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from loaders.adapter_config import read_rules
 from loaders.adapter_folder import AdapterFolder
-from loaders.adapter_formats import FORMATS, AdapterBuilder, AdapterFormat, FormatContext
+from loaders.adapter_formats import FORMATS, WRITERS, AdapterBuilder, AdapterFormat, FormatContext
+from loaders.adapter_formats.param_wrapper import ParamWrapperFormat
 from loaders.adapter_keys import FactorPair, SortedKeys, sort_keys
 from loaders.adapter_report import describe
-from loaders.adapter_types import AdapterTargets, AdapterWeights, ExpertLora, ExpertShape, LoraPair
+from loaders.adapter_types import (
+    AdapterTargets,
+    AdapterWeights,
+    ExpertLora,
+    ExpertShape,
+    LoraPair,
+    ReplacementExperts,
+    num_kept_bytes,
+)
 from loaders.errors import AdapterError
+from loaders.family import explain_other_base
+from loaders.finite import non_finite
 
 __all__ = [
+    "WRITERS",
     "AdapterTargets",
     "AdapterWeights",
     "ExpertLora",
     "ExpertShape",
     "LoraPair",
+    "ReplacementExperts",
     "describe",
     "load_adapter",
 ]
@@ -28,24 +39,34 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def load_adapter(
-    path: Path, targets: AdapterTargets, *, max_lora_rank: int = 128, max_bytes: int | None = None
+    path: Path,
+    targets: AdapterTargets,
+    *,
+    max_lora_rank: int = 128,
+    max_bytes: int | None = None,
+    writer: str | None = None,
 ) -> AdapterWeights:
     """Load the adapter directory `path` for a base that offers `targets`; factors are on CPU in their stored dtype.
 
     Names, shapes and settings are checked from the headers before any weight is read. Raises AdapterError with every
-    problem by name: each key is used, listed in `skipped` with its reason, or the whole load is refused.
+    problem by name: each key is used, listed in `skipped` with its reason, or the whole load is refused. `writer`, one
+    of WRITERS, says who wrote flat stacks of experts that may be of several writers.
     """
     with AdapterFolder(path, max_bytes) as folder:
         keys = sort_keys(folder.tensors, targets)
         problems = keys.problems
-        context = FormatContext(targets, read_rules(folder.config, problems), max_lora_rank, problems)
+        rules = read_rules(folder.config, problems)
+        context = FormatContext(
+            targets, rules, max_lora_rank, writer, folder.is_unsloth_card(), folder.b_order_note, problems
+        )
+        problems.extend(explain_other_base(folder.config, targets))
         plan = _plan(keys, context)
         _refuse(folder.path, context.problems)
         wanted = {tensor.stored.name for pair in keys.pairs for tensor in (pair.a, pair.b)}
         tensors = folder.read(wanted)
         digest = folder.digest
 
-    context.problems.extend(_non_finite(tensors))
+    context.problems.extend(non_finite(tensors))
     _refuse(folder.path, context.problems)
     is_zero = all(not bool(tensors[pair.b.stored.name].any()) for pair in keys.pairs)
     builder = AdapterBuilder()
@@ -53,15 +74,17 @@ def load_adapter(
         for pair in pairs:
             adapter_format.build(pair, tensors, context, builder)
     _refuse(folder.path, context.problems)
+    experts = {layer: dict(sorted(own.items())) for layer, own in sorted(builder.experts.items())}
     return AdapterWeights(
         linears=builder.linears,
-        experts={layer: dict(sorted(experts.items())) for layer, experts in sorted(builder.experts.items())},
+        experts=experts,
         digest=digest,
         config=folder.config,
         layout=" + ".join(adapter_format.layout for adapter_format, _ in plan),
         skipped=(*folder.skipped, *keys.skipped, *builder.skipped),
-        num_bytes=_kept_bytes(builder),
+        num_bytes=num_kept_bytes(builder.linears, experts),
         warnings=_warnings(context, is_zero),
+        evidence=tuple(context.evidence),
     )
 
 
@@ -69,7 +92,7 @@ def _plan(keys: SortedKeys, context: FormatContext) -> list[tuple[AdapterFormat,
     """Give every pair to the first format that recognises it, and let each format check its own."""
     groups: dict[int, list[FactorPair]] = {}
     for pair in keys.pairs:
-        number = next(n for n, adapter_format in enumerate(FORMATS) if adapter_format.recognises(pair.module))
+        number = next(n for n, adapter_format in enumerate(FORMATS) if adapter_format.recognises(pair))
         groups.setdefault(number, []).append(pair)
         for tensor in (pair.a, pair.b):
             if tensor.stored.dtype not in _DTYPES:
@@ -82,6 +105,10 @@ def _plan(keys: SortedKeys, context: FormatContext) -> list[tuple[AdapterFormat,
     expert_layouts = [adapter_format.layout for adapter_format, _ in plan if adapter_format is not FORMATS[-1]]
     if len(expert_layouts) > 1:
         context.problems.append(f"experts in two layouts at once: {' and '.join(expert_layouts)}")
+    if context.writer and not any(isinstance(adapter_format, ParamWrapperFormat) for adapter_format, _ in plan):
+        context.problems.append(
+            f"--format-hint {context.writer} has no effect: the file has no flat stacks of experts (mlp.experts.lora_A)"
+        )
     if not keys.pairs and not context.problems:
         context.problems.append("no LoRA factors in the files")
     return plan
@@ -91,25 +118,6 @@ def _refuse(path: Path, problems: list[str]) -> None:
     if problems:
         noun = "problem" if len(problems) == 1 else "problems"
         raise AdapterError(f"{path}: adapter refused, {len(problems)} {noun}", problems)
-
-
-def _non_finite(tensors: dict[str, torch.Tensor]) -> Iterable[str]:
-    for name, tensor in tensors.items():
-        # Both ends of the range show NaN and infinity without a temporary of the tensor's size.
-        low, high = (end.item() for end in torch.aminmax(tensor))
-        if math.isnan(low) or math.isnan(high):
-            yield f"{name}: contains NaN"
-        elif math.isinf(low) or math.isinf(high):
-            yield f"{name}: contains infinite values"
-
-
-def _kept_bytes(builder: AdapterBuilder) -> int:
-    pairs = list(builder.linears.values())
-    for experts in builder.experts.values():
-        for expert in experts.values():
-            pairs += [pair for pair in (expert.gate, expert.up, expert.down) if pair is not None]
-    factors = {(factor.data_ptr(), factor.nbytes) for pair in pairs for factor in (pair.a, pair.b)}
-    return sum(num_bytes for _, num_bytes in factors)
 
 
 def _warnings(context: FormatContext, is_zero: bool) -> tuple[str, ...]:

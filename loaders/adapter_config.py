@@ -28,7 +28,7 @@ _REFUSED = {
     "use_qalora": "QALoRA is not supported",
 }
 # Every other initialisation subtracts something from the base weights, so B @ A alone is not the adapter.
-_PLAIN_INITS = (None, True, False, "gaussian", "eva")
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 _MAX_REGEX_PATTERNS = 64
 _MAX_PATTERN_LENGTH = 300
 _MAX_NUMBER = 1e9

@@ -21,9 +21,15 @@ from loaders.safetensors_file import SafetensorsFile, StoredTensor
 
 CONFIG_FILE = "adapter_config.json"
 SINGLE_FILE = "adapter_model.safetensors"
+ESFT_CONFIG_FILE = "expert_cfg.json"
+CARD_FILE = "README.md"
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 _SHARD = re.compile(r"adapter_model-(\d+)-of-(\d+)\.safetensors")
+_MODEL_SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+_CARD_TAG = re.compile(rb"(?im)^\s*-\s*['\"]?unsloth['\"]?\s*$")
+_MAX_SHARDS = 10_000
+_MAX_CARD_BYTES = 64 * 1024
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # Written beside the weights by training frameworks for resuming; never opened here.
@@ -39,11 +45,15 @@ class AdapterTensor:
 
 
 class AdapterFolder:
-    """An opened adapter directory: `config`, `tensors` (headers only) and `skipped`; use it in `with`."""
+    """An opened adapter directory: `config`, `tensors` (headers only) and `skipped`; use it in `with`.
 
-    def __init__(self, path: Path, max_bytes: int | None = None) -> None:
+    `config_file` names the file that makes the directory an adapter: PEFT's, or ESFT's with its full weights.
+    """
+
+    def __init__(self, path: Path, max_bytes: int | None = None, config_file: str = CONFIG_FILE) -> None:
         """Open and check all files; raises AdapterError with every problem."""
         self.path = Path(path)
+        self._config_file = config_file
         self.skipped: list[tuple[str, str]] = []
         self._stack = ExitStack()
         self._hashes: list[tuple[str, int, str]] = []
@@ -86,16 +96,16 @@ class AdapterFolder:
         )
 
     def _weight_files(self, names: list[str], problems: list[str]) -> list[str]:
-        if CONFIG_FILE not in names:
-            raise AdapterError(f"{self.path}: no {CONFIG_FILE}{self._where_else(names)}")
+        if self._config_file not in names:
+            raise AdapterError(f"{self.path}: no {self._config_file}{self._where_else(names)}")
+        if self._config_file == ESFT_CONFIG_FILE:
+            return self._all_safetensors(names, problems)
         shards = [(match, name) for name in names if (match := _SHARD.fullmatch(name))]
         if SINGLE_FILE in names:
             weights = [SINGLE_FILE]
         elif shards:
             weights = [name for _, name in shards]
-            numbers = {int(match[1]) for match, _ in shards}
-            for number in sorted(set(range(1, int(shards[0][0][2]) + 1)) - numbers):
-                problems.append(f"shard {number} of {int(shards[0][0][2])} of {SINGLE_FILE} is missing")
+            problems += _missing_shards([match for match, _ in shards], SINGLE_FILE)
         else:
             weights = []
             problems.append(f"no {SINGLE_FILE} in the directory{self._where_else(names)}")
@@ -106,6 +116,15 @@ class AdapterFolder:
                 self.skipped.append((name, "state for resuming training, never opened"))
         return weights
 
+    def _all_safetensors(self, names: list[str], problems: list[str]) -> list[str]:
+        """ESFT's own loader takes every safetensors file of the directory."""
+        weights = [name for name in names if name.endswith(".safetensors")]
+        if not weights:
+            problems.append("no safetensors file in the directory")
+        shards = [match for name in weights if (match := _MODEL_SHARD.fullmatch(name))]
+        problems += _missing_shards(shards, "model.safetensors")
+        return weights
+
     def _where_else(self, names: list[str]) -> str:
         checkpoints = [(int(match[1]), name) for name in names if (match := _CHECKPOINT.fullmatch(name))]
         if checkpoints:
@@ -113,8 +132,10 @@ class AdapterFolder:
         inner = [name for name in names if (self.path / name / CONFIG_FILE).is_file()]
         if inner:
             return f"; adapters lie in its subdirectories: {', '.join(inner[:5])}"
-        if "expert_cfg.json" in names:
-            return "; an ESFT directory (full weights of chosen experts), which is not supported"
+        if ESFT_CONFIG_FILE in names:
+            return "; an ESFT adapter (full weights of chosen experts, not LoRA), which is not served yet"
+        if any(name.startswith("mp_rank_") for name in names):
+            return "; shards of Megatron or MindSpeed-LLM, make one adapter of them with `graft convert`"
         return ""
 
     def _open_file(self, name: str) -> int:
@@ -130,12 +151,29 @@ class AdapterFolder:
         return fd
 
     def _read_config(self) -> dict[str, Any]:
-        fd = self._open_file(CONFIG_FILE)
+        name = self._config_file
+        fd = self._open_file(name)
         data = os.pread(fd, MAX_CONFIG_BYTES + 1, 0)
         if len(data) > MAX_CONFIG_BYTES:
-            raise AdapterError(f"{self.path}: {CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")
-        self._hashes.append((CONFIG_FILE, len(data), hashlib.sha256(data).hexdigest()))
-        return parse_json_object(data, f"{self.path}: {CONFIG_FILE}", AdapterError)
+            raise AdapterError(f"{self.path}: {name} is larger than {MAX_CONFIG_BYTES} bytes")
+        self._hashes.append((name, len(data), hashlib.sha256(data).hexdigest()))
+        return parse_json_object(data, f"{self.path}: {name}", AdapterError)
+
+    @property
+    def b_order_note(self) -> str | None:
+        """What Graft's own files of stacks say of lora_B's columns in their metadata: `rank_major`."""
+        notes = [str(file.metadata.get("lora_B", "")) for file in self._files]
+        return "rank_major" if notes and all(note.endswith("(rank_major)") for note in notes) else None
+
+    def is_unsloth_card(self) -> bool:
+        """Whether README.md has the tag that Unsloth gives its adapters; a card that cannot be read says nothing."""
+        if CARD_FILE not in os.listdir(self._dir_fd):
+            return False
+        try:
+            fd = self._open_file(CARD_FILE)
+        except AdapterError:
+            return False
+        return _CARD_TAG.search(os.pread(fd, _MAX_CARD_BYTES, 0)) is not None
 
     def read(self, wanted: set[str]) -> dict[str, torch.Tensor]:
         """Read and hash all files once; returns the `wanted` tensors by key, each in memory of its own."""
@@ -162,6 +200,17 @@ def folder_digest(path: Path) -> str:
     with AdapterFolder(path, None) as folder:
         folder.read(set())
         return folder.digest
+
+
+def _missing_shards(shards: list[re.Match[str]], whole: str) -> list[str]:
+    """The shards that are not there, of the number that the first one's name states."""
+    if not shards:
+        return []
+    total = shards[0][2].lstrip("0")
+    if len(total) > len(str(_MAX_SHARDS)) or int(total or 0) > _MAX_SHARDS:
+        return [f"{shards[0][0]}: more than {_MAX_SHARDS} shards"]
+    missing = set(range(1, int(total or 0) + 1)) - {int(shard[1]) for shard in shards}
+    return [f"shard {number} of {total} of {whole} is missing" for number in sorted(missing)]
 
 
 def _refused_files(names: list[str]) -> list[str]:

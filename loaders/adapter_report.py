@@ -12,6 +12,7 @@ def describe(weights: AdapterWeights, targets: AdapterTargets) -> str:
     """Layout, digest, bytes, modules with ranks and scales, experts per layer, skipped keys and warnings."""
     lines = [
         f"layout     {weights.layout}",
+        *(f"evidence   {evidence}" for evidence in weights.evidence),
         f"digest     {weights.digest}",
         f"bytes      {_bytes(weights.num_bytes)}",
         f"base       {targets.num_hidden_layers} layers, {len(targets.experts)} with routed experts",
@@ -65,8 +66,10 @@ def _projections(experts: Iterable[ExpertLora]) -> tuple[str, str, str]:
     pairs: list[LoraPair] = [pair for expert in experts for pair in (expert.gate, expert.up, expert.down) if pair]
     scales = sorted({pair.scale for pair in pairs})
     ranks = sorted({pair.lora_rank for pair in pairs})
+    num_shared = sum(pair.a_is_shared or pair.b_is_shared for pair in pairs)
+    shared = " (shared factors)" if num_shared else ""
     shown = f"scale {scales[0]:g}" if len(scales) == 1 else f"scales {scales[0]:g} to {scales[-1]:g}"
-    return present, f"rank {ranges(ranks)}", shown
+    return present, f"rank {ranges(ranks)}", shown + shared
 
 
 def ranges(numbers: Iterable[int], max_ranges: int = 8) -> str:

@@ -15,6 +15,10 @@ class ExpertShape:
     hidden: int
     intermediate: int
 
+    def dims(self, projection: str) -> tuple[int, int]:
+        """(out, in) of one expert's `gate`, `up` or `down`."""
+        return (self.hidden, self.intermediate) if projection == "down" else (self.intermediate, self.hidden)
+
 
 @dataclass(frozen=True)
 class AdapterTargets:
@@ -23,15 +27,22 @@ class AdapterTargets:
     linears: Mapping[str, tuple[int, int]]
     experts: Mapping[int, ExpertShape]
     num_hidden_layers: int
+    model_type: str | None = None
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """delta W = scale * b @ a, with a [r, in] and b [out, r] in their stored dtype; the scale is not folded in."""
+    """delta W = scale * b @ a, with a [r, in] and b [out, r] in their stored dtype; the scale is not folded in.
+
+    A factor that the file has once for all experts of a layer is marked: the very same tensor object stands in the
+    pair of each expert, so it can be kept once.
+    """
 
     a: Tensor
     b: Tensor
     scale: float
+    a_is_shared: bool = False
+    b_is_shared: bool = False
 
     @property
     def lora_rank(self) -> int:
@@ -52,7 +63,8 @@ class ExpertLora:
 class AdapterWeights:
     """An adapter in the form the runtime uses; experts it does not change are not in `experts`.
 
-    `num_bytes` counts the factors kept (a factor shared by gate and up once); `skipped` holds (key, reason).
+    `num_bytes` counts the factors kept (a shared one once); `skipped` holds (key, reason), `evidence` says how the
+    layout was recognised.
     """
 
     linears: Mapping[str, LoraPair]
@@ -63,3 +75,37 @@ class AdapterWeights:
     skipped: tuple[tuple[str, str], ...]
     num_bytes: int
     warnings: tuple[str, ...]
+    evidence: tuple[str, ...] = ()
+
+
+def num_kept_bytes(linears: Mapping[str, LoraPair], experts: Mapping[int, Mapping[int, ExpertLora]]) -> int:
+    """Bytes of all factors, those that several modules share counted once."""
+    pairs = list(linears.values())
+    for layer in experts.values():
+        for expert in layer.values():
+            pairs += [pair for pair in (expert.gate, expert.up, expert.down) if pair is not None]
+    factors = {(factor.data_ptr(), factor.nbytes) for pair in pairs for factor in (pair.a, pair.b)}
+    return sum(num_bytes for _, num_bytes in factors)
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Full weights of one routed expert in their stored dtype: gate and up [I, H], down [H, I]."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class ReplacementExperts:
+    """An ESFT adapter: experts that take the place of the base's, by layer and expert.
+
+    `digest`, `skipped` and `num_bytes` as in AdapterWeights; `config` is expert_cfg.json.
+    """
+
+    experts: Mapping[int, Mapping[int, ExpertWeights]]
+    digest: str
+    config: Mapping[str, Any]
+    skipped: tuple[tuple[str, str], ...]
+    num_bytes: int

@@ -132,7 +132,8 @@ class SafetensorsFile:
 
     def _parse_header(self) -> tuple[StoredTensor, ...]:
         header = parse_json_object(self.header_bytes[8:], f"{self.label}: header", self._error)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
+        self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
         data_start = len(self.header_bytes)
         tensors = [self._parse_entry(name, entry, data_start) for name, entry in header.items()]
         tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes))

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.config import DEVICES, DTYPES, EngineConfig, ServerConfig
+from runtime.config import ADAPTER_WRITERS, DEVICES, DTYPES, EngineConfig, ServerConfig
 from runtime.env import configure_logging, default_admin, default_server
 from runtime.errors import GraftError
 from runtime.trainer.config import EXPORT_FORMATS
 from runtime.version import version
 
+FORMAT_HINT = "what wrote flat stacks of experts whose order of numbers the files do not tell (docs/formats.md)"
 LENGTHS = "LENGTHS: N, LOW:HIGH (uniform), or lognormal:MEDIAN:SIGMA"
 
 
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_adapters(commands)
     _add_server(commands)
     _add_inspect(commands)
+    _add_convert(commands)
     _add_export(commands)
     _add_bench(commands)
     _add_train(commands)
@@ -200,6 +202,20 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.set_defaults(module="inspect")
     inspect.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter folder")
     inspect.add_argument("--base", type=Path, required=True, metavar="MODEL", help="a model folder")
+    inspect.add_argument("--format-hint", choices=ADAPTER_WRITERS, help=FORMAT_HINT)
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = commands.add_parser("convert", help="write an adapter of any known layout as the standard file")
+    convert.set_defaults(module="convert")
+    add = convert.add_argument
+    add("adapter", type=Path, metavar="ADAPTER", help="an adapter folder, or a checkpoint with mp_rank_* folders")
+    add("--base", type=Path, required=True, metavar="MODEL", help="the model folder that it belongs to")
+    add("--output", type=Path, required=True, metavar="DIR", help="the folder to write; an adapter there is replaced")
+    add("--format-hint", choices=ADAPTER_WRITERS, help=FORMAT_HINT)
+    add("--rank", type=int, metavar="N", help="of MindSpeed-LLM shards, which do not state it (its --lora-r)")
+    add("--alpha", type=float, metavar="X", help="of MindSpeed-LLM shards (its --lora-alpha)")
+    add("--dtype", choices=DTYPES, default="auto", help="of what is written (default: that of the source)")
 
 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

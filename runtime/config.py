@@ -7,6 +7,8 @@ from pathlib import Path
 
 DEVICES = ("cpu", "cuda", "npu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+# The keys of loaders.adapter.WRITERS, here without importing torch.
+ADAPTER_WRITERS = ("peft", "peft-0.18", "unsloth", "megatron-bridge")
 DAY_SECONDS = 86_400
 MIN_RECEIVE_BYTES = 1024
 MAX_RECEIVE_BYTES = 2**30

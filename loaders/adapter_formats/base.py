@@ -13,16 +13,36 @@ from loaders.adapter_types import AdapterTargets, ExpertLora, LoraPair
 Projection = Literal["gate", "up", "down"]
 
 
+@dataclass(frozen=True)
+class StackOrder:
+    """How a writer lays out flat stacks of experts.
+
+    `is_swapped`: lora_A has the width of the output. `is_expert_major`: in lora_B's columns the expert is outer.
+    """
+
+    is_swapped: bool
+    is_expert_major: bool
+
+
 @dataclass
 class FormatContext:
-    """What a layout may look at: the base, the rules of adapter_config.json, and the limits; it adds problems."""
+    """What a layout may look at: the base, the rules of adapter_config.json, and the limits; it adds problems.
+
+    `writer` is the user's own word for what wrote the file, `is_unsloth_card` whether its README is tagged Unsloth's,
+    `b_order_note` the order of lora_B's columns by the file's metadata.
+    """
 
     targets: AdapterTargets
     rules: AdapterRules
     max_lora_rank: int
+    writer: str | None = None
+    is_unsloth_card: bool = False
+    b_order_note: str | None = None
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    evidence: list[str] = field(default_factory=list)
     rank_differences: list[str] = field(default_factory=list)
+    stack_order: StackOrder | None = None
 
     def check_rank(self, module: str, name: str, lora_rank: int, max_lora_rank: int | None = None) -> None:
         """Add a problem if the rank is above the limit or not the one that rank_pattern states for `name`."""
@@ -35,6 +55,11 @@ class FormatContext:
         elif self.rules.rank_differs(name, lora_rank):
             self.rank_differences.append(f"{module} (rank {lora_rank})")
 
+    def check_split(self, module: str, lora_rank: int) -> None:
+        """Add a problem if the rank of gate and of up, known once B is read, is above the limit."""
+        if lora_rank > self.max_lora_rank:
+            self.problems.append(f"{module}: rank {lora_rank} is above the allowed {self.max_lora_rank}")
+
 
 @dataclass
 class AdapterBuilder:
@@ -43,6 +68,11 @@ class AdapterBuilder:
     linears: dict[str, LoraPair] = field(default_factory=dict)
     experts: dict[int, dict[int, ExpertLora]] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    _shared: dict[tuple[int, Projection], Tensor] = field(default_factory=dict)
+
+    def shared_factor(self, layer: int, projection: Projection, factor: Tensor) -> Tensor:
+        """The one tensor object for a factor that all experts of a layer share."""
+        return self._shared.setdefault((layer, projection), factor)
 
     def add_expert(self, layer: int, expert: int, projection: Projection, pair: LoraPair) -> None:
         """Set one projection of one expert."""
@@ -61,8 +91,8 @@ class AdapterFormat(Protocol):
 
     layout: str
 
-    def recognises(self, module: str) -> bool:
-        """Whether the plain module name belongs to this layout."""
+    def recognises(self, pair: FactorPair) -> bool:
+        """Whether the pair's names belong to this layout."""
         ...
 
     def check(self, pairs: list[FactorPair], context: FormatContext) -> None:
@@ -77,5 +107,10 @@ class AdapterFormat(Protocol):
 
 
 def take(pair: FactorPair, tensors: MutableMapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Remove and return (lora_A, lora_B) as stored, so that memory is freed once they are converted."""
-    return tensors.pop(pair.a.stored.name), tensors.pop(pair.b.stored.name)
+    """Return (lora_A, lora_B) as stored; what no other pair needs is removed, so that its memory is freed."""
+    names = (pair.a.stored.name, pair.b.stored.name)
+    a, b = (tensors[name] for name in names)
+    for side, name in zip("AB", names, strict=True):
+        if side != pair.shared:
+            del tensors[name]
+    return a, b

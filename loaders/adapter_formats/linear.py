@@ -4,9 +4,10 @@ from collections.abc import MutableMapping
 
 from torch import Tensor
 
+from loaders.adapter_explain import explain_unknown
 from loaders.adapter_formats.base import AdapterBuilder, FormatContext, take
 from loaders.adapter_formats.shapes import check_pair
-from loaders.adapter_keys import FactorPair, explain_unknown
+from loaders.adapter_keys import FactorPair
 from loaders.adapter_types import LoraPair
 
 _IN_IS_HIDDEN = ("q_proj", "q_a_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj", "lm_head")
@@ -18,7 +19,7 @@ class LinearFormat:
 
     layout = "linear modules"
 
-    def recognises(self, module: str) -> bool:
+    def recognises(self, pair: FactorPair) -> bool:
         """Takes every module: what the base does not have is explained in `check`."""
         return True
 

@@ -1,48 +1,50 @@
-"""Layout 1: one 2-D pair per expert and projection, as PEFT on transformers v4, ms-swift and Megatron-Bridge write.
+"""One 2-D pair per expert and projection, in PEFT's names and in Mixtral's.
 
 `model.layers.N.mlp.experts.K.gate_proj.lora_A.weight` [r, hidden], `.lora_B.weight` [intermediate, r]; up the same;
-down [r, intermediate] and [hidden, r]. Experts and projections may be missing.
+down [r, intermediate] and [hidden, r]. Experts and projections may be missing. PEFT on transformers v4, ms-swift and
+Megatron-Bridge write it. Mixtral's names (`block_sparse_moe`, w1 gate, w2 down, w3 up) say the same.
 """
 
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from torch import Tensor
 
+from loaders.adapter_explain import no_experts
 from loaders.adapter_formats.base import AdapterBuilder, FormatContext, Projection, take
-from loaders.adapter_formats.shapes import check_pair
+from loaders.adapter_formats.shapes import check_expert, check_pair
 from loaders.adapter_keys import FactorPair
 from loaders.adapter_types import LoraPair
 
-_MODULE = re.compile(r"^model\.layers\.(0|[1-9][0-9]*)\.mlp\.experts\.(0|[1-9][0-9]*)\.(gate|up|down)_proj$")
-_PROJECTIONS: dict[str, Projection] = {"gate": "gate", "up": "up", "down": "down"}
+PEFT_PROJECTIONS: dict[str, Projection] = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+MIXTRAL_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
 
 
 class PerExpertFormat:
-    """PEFT per-expert 2-D factors."""
+    """2-D factors of single experts; `names` are those of the projections, `block` that of the MoE module."""
 
-    layout = "PEFT per-expert 2-D factors"
+    def __init__(self, layout: str, block: str, names: Mapping[str, Projection]) -> None:
+        self.layout = layout
+        self._names = names
+        self._key = f"{block}.experts.K.{{{','.join(names)}}}"
+        number = "(0|[1-9][0-9]*)"
+        self._module = re.compile(rf"^model\.layers\.{number}\.{block}\.experts\.{number}\.({'|'.join(names)})$")
 
-    def recognises(self, module: str) -> bool:
+    def recognises(self, pair: FactorPair) -> bool:
         """`...mlp.experts.K.{gate,up,down}_proj`."""
-        return _MODULE.match(module) is not None
+        return pair.shared is None and self._module.match(pair.module) is not None
 
     def check(self, pairs: list[FactorPair], context: FormatContext) -> None:
         """The layer must have routed experts, the index must be in range, the shapes those of the base."""
+        context.evidence.append(f"keys {self._key} with a 2-D pair each")
         for pair in pairs:
             layer, expert, projection = self._parse(pair.module)
             shape = context.targets.experts.get(layer)
             if shape is None:
-                context.problems.append(f"{pair.module}: layer {layer} of the base has no routed experts")
-            elif expert >= shape.num_experts:
-                context.problems.append(
-                    f"{pair.module}: the base has {shape.num_experts} experts (0 to {shape.num_experts - 1}); "
-                    "trained on a base with more?"
-                )
-            elif projection == "down":
-                check_pair(pair, shape.hidden, shape.intermediate, shape.hidden, context)
-            else:
-                check_pair(pair, shape.intermediate, shape.hidden, shape.hidden, context)
+                context.problems.append(no_experts(pair.module, layer))
+            elif check_expert(pair.module, expert, shape, context):
+                dims = shape.dims(projection)
+                check_pair(pair, *dims, shape.hidden, context)
 
     def build(
         self, pair: FactorPair, tensors: MutableMapping[str, Tensor], context: FormatContext, builder: AdapterBuilder
@@ -56,9 +58,8 @@ class PerExpertFormat:
         name = context.rules.name_in_patterns(pair.module)
         builder.add_expert(layer, expert, projection, LoraPair(a, b, context.rules.scale(name, a.shape[0])))
 
-    @staticmethod
-    def _parse(module: str) -> tuple[int, int, Projection]:
-        match = _MODULE.match(module)
+    def _parse(self, module: str) -> tuple[int, int, Projection]:
+        match = self._module.match(module)
         if match is None:
             raise ValueError(f"{module} is not a per-expert module")
-        return int(match[1]), int(match[2]), _PROJECTIONS[match[3]]
+        return int(match[1]), int(match[2]), self._names[match[3]]

@@ -1,7 +1,9 @@
 """Shape rules that all two-dimensional layouts share."""
 
+from loaders.adapter_explain import explain_hidden
 from loaders.adapter_formats.base import FormatContext
-from loaders.adapter_keys import FactorPair, explain_hidden
+from loaders.adapter_keys import FactorPair
+from loaders.adapter_types import ExpertShape
 
 
 def check_pair(pair: FactorPair, out_features: int, in_features: int, hidden: int | None, ctx: FormatContext) -> None:
@@ -27,3 +29,14 @@ def check_pair(pair: FactorPair, out_features: int, in_features: int, hidden: in
         ctx.problems.append(f"{pair.module}: rank 0")
     if len(ctx.problems) == before:
         ctx.check_rank(pair.module, ctx.rules.name_in_patterns(pair.module), a_shape[0])
+
+
+def check_expert(module: str, expert: int, shape: ExpertShape, ctx: FormatContext) -> bool:
+    """Whether the base's layer has an expert of this index; a problem is added if not."""
+    if expert < shape.num_experts:
+        return True
+    ctx.problems.append(
+        f"{module}: the base has {shape.num_experts} experts (0 to {shape.num_experts - 1}); "
+        "trained on a base with more?"
+    )
+    return False

@@ -19,8 +19,9 @@ def test_the_description_shows_modules_ranks_scales_experts_bytes_skipped_keys_a
     weights = load_adapter(write_adapter(tmp_path, tensors), tiny.targets)
     lines = describe(weights, tiny.targets).splitlines()
     assert lines[0] == "layout     PEFT per-expert 2-D factors + linear modules"
-    assert lines[1] == f"digest     {weights.digest}"
-    assert lines[2] == f"bytes      {weights.num_bytes:,} ({weights.num_bytes / 1024:.1f} KiB)"
+    assert lines[1] == "evidence   keys mlp.experts.K.{gate_proj,up_proj,down_proj} with a 2-D pair each"
+    assert lines[2] == f"digest     {weights.digest}"
+    assert lines[3] == f"bytes      {weights.num_bytes:,} ({weights.num_bytes / 1024:.1f} KiB)"
     assert "  self_attn.o_proj  layers 0-2  rank 4  scale 2" in lines
     assert "  layers 1  3 of 4 experts  0-1,3  gate up down  rank 4  scale 2" in lines
     assert "  layers 2  1 of 4 experts  2      down          rank 2  scale 4" in lines

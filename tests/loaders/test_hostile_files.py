@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loader_builders import TinyModel, expert_factors, factors, write_adapter, write_model
@@ -91,3 +92,23 @@ def test_a_model_config_with_any_values(directory: Path, config: dict[str, objec
     with contextlib.suppress(CheckpointError):
         rope = read_config(directory)
         assert isinstance(rope.get("rope_theta", 1.0), float) or isinstance(rope.get("text_config"), dict)
+
+
+EXPERTS = "model.layers.1.mlp.experts"
+FACTOR_NAMES = [
+    *(f"{EXPERTS}{inner}.lora_{side}.weight" for inner in ("", ".base_layer", ".0.up_proj", ".up_proj", ".gate_up_proj",
+                                                          ".w1", ".w2", ".0.w3") for side in "AB"),
+    *(f"{EXPERTS}.lora_{part}_{side}" for part in ("gate_and_up", "down") for side in "AB"),
+]  # fmt: skip
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 4, 8, 16, 32, 48]), max_size=4)
+
+
+@QUICK
+@given(shapes=st.dictionaries(st.sampled_from(FACTOR_NAMES), SHAPES, min_size=1, max_size=4), version=st.sampled_from(
+    ["0.18.1", "0.21.2", None]))  # fmt: skip
+def test_factors_of_any_layout_and_shape(
+    directory: Path, load: Callable[[], None], shapes: dict[str, list[int]], version: str | None
+) -> None:
+    tensors = {f"base_model.model.{name}": torch.ones(shape) for name, shape in shapes.items()}
+    write_adapter(directory, tensors, peft_version=version)
+    load()

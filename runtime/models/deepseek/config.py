@@ -157,7 +157,7 @@ class DeepseekConfig:
         """What an adapter file may adapt on this base."""
         shape = ExpertShape(self.n_routed_experts, self.hidden_size, self.moe_intermediate_size)
         experts = {layer: shape for layer in range(self.num_hidden_layers) if self.is_moe_layer(layer)}
-        return AdapterTargets(self.linear_shapes(), experts, self.num_hidden_layers)
+        return AdapterTargets(self.linear_shapes(), experts, self.num_hidden_layers, self.model_type)
 
 
 # What transformers takes for a key that config.json leaves out; Kimi's files are complete, so nothing is assumed there.
