@@ -7,7 +7,7 @@ layers share is counted once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -85,6 +85,8 @@ def record_step(model: Model, case: Case) -> list[Part]:
             layer.register_forward_pre_hook(lambda *_: edges.append(len(launches)))
             layer.register_forward_hook(lambda *_: edges.append(len(launches)))
         runner.run(_batch(case))
+    num_pages = len(_experts(model, case)) * case.num_adapters
+    launches = [_with_fewer_pages(launch, num_pages) for launch in launches]
     parts = [Part("outside the layers", 1, launches[: edges[0]] + launches[edges[-1] :])]
     for place, index in enumerate(shown):
         is_first = kinds.index(kinds[index]) == index
@@ -101,9 +103,12 @@ def _runner(model: Model, case: Case, kinds: list[str]) -> Runner:
     decoder = DeepseekModel(config, placement)
     if model.router is not None:
         _replace_routers(decoder, Router(real_config(model.router), placement))
-    experts = range(max(1, round(config.n_routed_experts * case.coverage)))
-    pages = meta_pages(config, meta_adapter(config, experts), case.num_adapters)
+    pages = meta_pages(config, meta_adapter(config, _experts(model, case)), case.num_adapters)
     return Runner(decoder, pages, _num_blocks(case), BLOCK_TOKENS)
+
+
+def _experts(model: Model, case: Case) -> range:
+    return range(max(1, round(model.changes["n_routed_experts"] * case.coverage)))
 
 
 def _replace_routers(decoder: nn.Module, router: Router) -> None:
@@ -146,6 +151,15 @@ def is_lora(launch: bench.Launch) -> bool:
     """Whether this is a grouped product with LoRA factors, by the rank among its weight's sides."""
     ranks = {LORA_RANK, 2 * LORA_RANK}
     return launch.operator == "npu_grouped_matmul" and bool(ranks & set(launch.inputs[1][0][1:]))
+
+
+def _with_fewer_pages(launch: bench.Launch, num_resident_pages: int) -> bench.Launch:
+    """Rows spread over all resident pages, of which a launch has 1,024: the bench knows only these."""
+    if not is_lora(launch):
+        return launch
+    (num_rows, _), (num_pages, inner, columns) = launch.inputs[0][0], launch.inputs[1][0]
+    counted, spread = min(num_rows, num_pages), min(num_rows, num_resident_pages) * num_pages // num_resident_pages
+    return replace(launch, bytes_read=launch.bytes_read - 2 * (counted - spread) * inner * columns)
 
 
 def kind_of(launch: bench.Launch) -> str:
