@@ -113,7 +113,7 @@ def main() -> None:
     print(*lines, sep="\n")
     output.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     document = {"about": about, "models": {name: _as_data(cases) for name, cases in steps.items()}}
-    output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".json").write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def _about() -> dict[str, str]:
@@ -167,13 +167,18 @@ def _as_data(cases: dict[Case, list[Part]]) -> dict[str, Any]:
                 {
                     "name": part.name,
                     "times": part.times,
-                    "operators": {kind: vars(total(each)) for kind, each in by_kind(part.launches).items()},
+                    "operators": {kind: _counts(each) for kind, each in by_kind(part.launches).items()},
                 }
                 for part in parts
             ],
         }
         for case, parts in cases.items()
     }
+
+
+def _counts(launches: list[bench.Launch]) -> dict[str, int]:
+    sums = total(launches)
+    return {"launches": len(launches), "bytes": sums.num_bytes, "flops": sums.flops}
 
 
 if __name__ == "__main__":
