@@ -56,7 +56,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments.add_argument("--batch", type=int, required=True)
     arguments.add_argument("--steps", type=int, required=True)
     arguments.add_argument("--threads", type=int, required=True)
-    arguments.add_argument("--warmup", type=int, default=1)
+    arguments.add_argument("--warmup", type=int, default=2)
     arguments.add_argument("--length", type=int, default=512)
     return arguments
 

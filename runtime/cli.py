@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_bench(commands)
     _add_train(commands)
+    _add_doctor(commands)
     demo = commands.add_parser("demo", help="serve the bundled model and adapters, send requests, print a table")
     demo.set_defaults(module="demo")
     return parser
@@ -255,6 +256,18 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--dry-run", action="store_true", help="print trainable tensors, memory per process and work, and stop")
     add("--publish", metavar="H:P", help="load the result into the server with this admin port")
     add("--name", metavar="NAME", help="the name that it gets there")
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser("doctor", help="check and time every device operation, run the demo, write a report")
+    doctor.set_defaults(module="doctor")
+    doctor.add_argument("--device", choices=DEVICES, default="cpu", help="what to look at (default %(default)s)")
+    scale = doctor.add_mutually_exclusive_group()
+    scale.add_argument("--small", action="store_true", help="the demo model's sizes alone, without DeepSeek-V3's")
+    scale.add_argument("--full", action="store_true", help="DeepSeek-V3's sizes whole, on a CPU too (minutes)")
+    doctor.add_argument(
+        "--output", type=Path, metavar="FILE", help="the report (default: graft-doctor-DEVICE-DATE.md, here)"
+    )
 
 
 def _name_and_path(text: str) -> tuple[str, Path]:

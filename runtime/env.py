@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import sys
 
@@ -73,3 +74,26 @@ def processes_environment(environment: dict[str, str], num_processes: int) -> li
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes),
                "LOCAL_WORLD_SIZE": str(num_processes)}  # fmt: skip
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+
+
+def device_environment() -> dict[str, str]:
+    """The variables that steer devices, collectives and threads; of one that may hold a secret only that it is set."""
+    return {
+        name: "(set, not shown)" if _MAY_BE_SECRET.search(name) or _CREDENTIALS_IN_URL.search(value) else value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_DEVICE_PREFIXES) or name in _DEVICE_VARIABLES
+    }
+
+
+def cann_homes() -> list[str]:
+    """Where this shell says that CANN is installed, as its set_env.sh does."""
+    return [os.environ[name] for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH") if os.environ.get(name)]
+
+
+_DEVICE_PREFIXES = ("ASCEND_", "ATB_", "CUDA_", "GLOO_", "GRAFT_", "HCCL_", "KMP_", "MKL_", "NCCL_", "NPU_", "NVIDIA_",
+                    "OMP_", "PYTORCH_", "TORCH_")  # fmt: skip
+_DEVICE_VARIABLES = ("ACL_OP_INIT_MODE", "CPU_AFFINITY_CONF", "INF_NAN_MODE_ENABLE", "LD_LIBRARY_PATH", "LD_PRELOAD",
+                     "LOCAL_RANK", "MULTI_STREAM_MEMORY_REUSE", "RANK", "STREAMS_PER_DEVICE", "TASK_QUEUE_ENABLE",
+                     "TP_SOCKET_IFNAME", "WORLD_SIZE")  # fmt: skip
+_MAY_BE_SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|APIKEY|_KEY|AUTH", re.IGNORECASE)
+_CREDENTIALS_IN_URL = re.compile(r"://[^/\s]*@")

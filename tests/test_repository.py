@@ -34,6 +34,7 @@ BESIDE = {
     "runtime.__main__": "runtime.cli",
     "runtime.demo": "runtime.commands",
     "runtime.bench": "runtime.commands",
+    "runtime.doctor": "runtime.commands",
     "runtime.trainer": "runtime.models",
     "runtime.distributed": "runtime.ops",
 }

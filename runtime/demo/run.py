@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
 import signal
 import sys
@@ -16,7 +15,8 @@ import grpc
 
 from runtime.commands.adapters import table
 from runtime.commands.client import as_graft_error
-from runtime.demo import ADAPTERS_DIR, MODEL_DIR, TASKS_DIR
+from runtime.demo import ADAPTERS_DIR, MODEL_DIR
+from runtime.demo.samples import Sample, read_tasks
 from runtime.env import child_environment
 from runtime.errors import GraftError
 from runtime.pb.fmaas import generation_pb2 as pb
@@ -27,14 +27,6 @@ from runtime.pb.graft.admin.v1.adapters_pb2_grpc import AdapterServiceStub
 NUM_REQUESTS = 64
 BASE = "(base)"
 READY = re.compile(r"ready: grpc (\S+), admin (\S+), http (\S+)")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A held-out prompt and the exact answer."""
-
-    prompt: str
-    completion: str
 
 
 @dataclass
@@ -122,14 +114,7 @@ class Demo:
 
 def run_demo() -> int:
     """Run it; the exit status is the server's."""
-    tasks = {
-        path.stem: _read_samples(path.read_text())
-        for path in sorted(TASKS_DIR.glob("*.jsonl"))
-        if (ADAPTERS_DIR / path.stem).is_dir()
-    }
-    if not tasks:
-        raise ValueError(f"there are no demo tasks with adapters in {TASKS_DIR}")
-    return asyncio.run(_run(tasks))
+    return asyncio.run(_run(read_tasks()))
 
 
 async def _run(tasks: dict[str, list[Sample]]) -> int:
@@ -189,11 +174,6 @@ async def _addresses(process: asyncio.subprocess.Process) -> tuple[str, str]:
     raise GraftError("the server ended before it was ready", reason="DEMO")
 
 
-def _read_samples(lines: str) -> list[Sample]:
-    rows = [json.loads(line) for line in lines.splitlines() if line.strip()]
-    return [Sample(row["prompt"], row["completion"]) for row in rows]
-
-
 def _parameters(sample: Sample) -> pb.Parameters:
-    """Greedy, with room for the answer whatever its tokens are: none is shorter than a byte."""
-    return pb.Parameters(stopping=pb.StoppingCriteria(max_new_tokens=len(sample.completion.encode()) + 8))
+    """Greedy."""
+    return pb.Parameters(stopping=pb.StoppingCriteria(max_new_tokens=sample.max_new_tokens))

@@ -29,11 +29,13 @@ class Ops(ABC):
     """Operations of one device. What a back-end does not override runs as the reference does.
 
     `lora_rank_multiple`: ranks of grouped products must be multiples of it; whoever calls them pads with zeros.
+    `routed_row_multiple`: training fills each expert's rows up to a multiple of it.
     `lora_a_rows_first`: A is best stored as [P, R, K], of which `lora_add_` is given the transposed view.
     """
 
     lora_rank_multiple = 1
     lora_a_rows_first = False
+    routed_row_multiple = 1
 
     def shares(self, counts_G: Tensor) -> list[tuple[slice, slice]]:
         """(groups, rows) of the parts that `side_by_side` gains by; all in one has rows to the end, None."""
@@ -69,8 +71,8 @@ class Ops(ABC):
         """Add a grouped product to `y`."""
         y_MN += self.grouped_matmul(x_MK, weight_GJKW, counts_G)
 
-    def freeze_groups(self, weight_GNK: Tensor, *, pack: bool) -> FrozenGroups:
-        """Weights of any number of products in both directions; `pack`: copies may take more memory to be faster."""
+    def pack_groups(self, weight_GNK: Tensor) -> FrozenGroups:
+        """Weights as products in both directions are fastest; the copies may take twice their memory."""
         return PlainGroups(weight_GNK, self)
 
     @abstractmethod

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, pad
+from torch.nn.functional import embedding_bag, grouped_mm, pad
 
 from runtime.ops import cpu_threads, reference
 from runtime.ops.base import Ops, T
@@ -31,11 +31,13 @@ MAX_PANEL_COLUMNS = 256
 ROW_MULTIPLE = 16
 ROWS_IN_CACHE = 128
 MIN_ROWS_OF_SHARES = 1024
-TRAINING_ROW_MULTIPLE = 8  # groups are larger and kernels used for hours, so computing fewer rows twice counts more
+WHOLE_GROUP_ROWS = 8  # in training, where groups are larger and kernels used for hours
 
 
 class CpuOps(Ops):
     """Grouped products chosen by the number of rows per group."""
+
+    routed_row_multiple = WHOLE_GROUP_ROWS
 
     def shares(self, counts_G: Tensor) -> list[tuple[slice, slice]]:
         """See `Ops.shares`: one for each core, once there are many rows."""
@@ -74,6 +76,8 @@ class CpuOps(Ops):
         counts = counts_G.tolist()
         num_groups = len(counts) - counts.count(0)
         are_many = x_MK.shape[0] > MAX_BAG_ROWS_PER_BASE_GROUP * num_groups
+        if _is_one_call(x_MK, weight_GJKW, counts):
+            return grouped_mm(x_MK, weight_GJKW[:, 0], offs=_ends(counts_G))
         if weight_GJKW.shape[1] == 1 and (are_many or not weight_GJKW.is_contiguous()):
             return _single_panel_matmul(x_MK, weight_GJKW[:, 0], counts)
         if are_many:
@@ -82,28 +86,32 @@ class CpuOps(Ops):
 
     def grouped_matmul_add_(self, y_MN: Tensor, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> None:
         """See `Ops.grouped_matmul_add_`."""
+        counts = counts_G.tolist()
+        if _is_one_call(x_MK, weight_GJKW, counts):
+            y_MN += grouped_mm(x_MK, weight_GJKW[:, 0], offs=_ends(counts_G))
+            return
         start = 0
-        for group, count in enumerate(counts_G.tolist()):
+        for group, count in enumerate(counts):
             if count:
                 y_MN[start : start + count].addmm_(x_MK[start : start + count], weight_GJKW[group, 0])
                 start += count
 
-    def freeze_groups(self, weight_GNK: Tensor, *, pack: bool) -> FrozenGroups:
-        """See `Ops.freeze_groups`."""
-        return PackedGroups.pack(weight_GNK) if pack and _has_blocks(weight_GNK) else PlainGroups(weight_GNK, self)
+    def pack_groups(self, weight_GNK: Tensor) -> FrozenGroups:
+        """See `Ops.pack_groups`: in bfloat16, where oneDNN has blocks of its own."""
+        return PackedGroups.pack(weight_GNK) if _has_blocks(weight_GNK) else PlainGroups(weight_GNK, self)
 
     def grouped_outer(self, x_MK: Tensor, y_MN: Tensor, counts_G: Tensor) -> Tensor:
         """See `Ops.grouped_outer`: in float32, whose kernels take any number of rows; wide results are faster."""
         if x_MK.shape[1] > y_MN.shape[1]:
             return self.grouped_outer(y_MN, x_MK, counts_G).transpose(1, 2)
-        outer_GKN = x_MK.new_empty(len(counts_G), x_MK.shape[1], y_MN.shape[1], dtype=torch.float32)
+        x_MK, y_MN = x_MK.float(), y_MN.float()
+        if x_MK.shape[1] % 4 == 0 and y_MN.shape[1] % 4 == 0:  # strides of whole 16 bytes
+            return grouped_mm(x_MK.T, y_MN, offs=_ends(counts_G))
+        outer_GKN = x_MK.new_zeros(len(counts_G), x_MK.shape[1], y_MN.shape[1])
         start = 0
         for group, count in enumerate(counts_G.tolist()):
-            if not count:
-                outer_GKN[group] = 0
-            else:
-                rows = slice(start, start + count)
-                torch.mm(x_MK[rows].float().T, y_MN[rows].float(), out=outer_GKN[group])
+            if count:
+                torch.mm(x_MK[start : start + count].T, y_MN[start : start + count], out=outer_GKN[group])
                 start += count
         return outer_GKN
 
@@ -183,6 +191,23 @@ class CpuOps(Ops):
         return out[0, ..., :num_value].transpose(0, 1), lse_HT[0].T
 
 
+def _is_one_call(x_MK: Tensor, weight_GJKW: Tensor, counts: list[int]) -> bool:
+    """Whether PyTorch's own loop over the groups takes these, which holds no lock that other shares would wait for.
+
+    It takes strides of whole 16 bytes; in 16 bits every number of rows would be another compiled kernel.
+    """
+    if weight_GJKW.shape[1] != 1 or x_MK.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    is_whole = all(count % WHOLE_GROUP_ROWS == 0 for count in counts)
+    widths = (*weight_GJKW.shape[2:], *(stride for stride in x_MK.stride() if stride > 1))
+    return is_whole and all(width * x_MK.element_size() % 16 == 0 for width in widths)
+
+
+def _ends(counts_G: Tensor) -> Tensor:
+    """A group list for grouped_mm."""
+    return counts_G.cumsum(0, dtype=torch.int32)
+
+
 def _has_blocks(weight: Tensor) -> bool:
     """Whether oneDNN multiplies by the weight in a layout of its own."""
     return weight.dtype is torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -216,7 +241,7 @@ def _single_panel_matmul(x_MK: Tensor, weight_GKN: Tensor, counts: list[int]) ->
     start = 0
     for group, count in enumerate(counts):
         if count:
-            rows = _rounded_rows(start, count, x_MK.shape[0], TRAINING_ROW_MULTIPLE)
+            rows = _rounded_rows(start, count, x_MK.shape[0], WHOLE_GROUP_ROWS)
             torch.mm(x_MK[rows], weight_GKN[group], out=y_MN[rows])
             start += count
     return y_MN

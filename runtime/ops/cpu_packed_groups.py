@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ROW_MULTIPLE = 4  # oneDNN compiles a kernel for each number of rows
+_product = torch.ops.mkldnn._linear_pointwise.default
 LIKELY_ROWS = 64  # the blocks are chosen for so many rows and serve any number
 
 
@@ -50,11 +50,7 @@ def _packed(weight_NK: Tensor) -> Tensor:
 
 
 def _write_products(y_MN: Tensor, x_MK: Tensor, packed_G: Sequence[Tensor], counts_G: Tensor) -> Tensor:
-    """A group takes some of the next one's rows along, which that group then overwrites: few different sizes."""
-    start = 0
-    for packed, count in zip(packed_G, counts_G.tolist(), strict=True):
-        if count:
-            rows = slice(start, start + -(-count // ROW_MULTIPLE) * ROW_MULTIPLE)
-            y_MN[rows] = torch.ops.mkldnn._linear_pointwise(x_MK[rows], packed, None, "none", [], "")
-            start += count
-    return y_MN
+    """One call a group and few others: threads that compute other groups wait for each other's Python."""
+    parts = zip(x_MK.split(counts_G.tolist()), packed_G, strict=True)
+    products = [_product(x_LK, packed, None, "none", [], "") for x_LK, packed in parts if len(x_LK)]
+    return torch.cat(products, out=y_MN) if products else y_MN

@@ -28,7 +28,7 @@ def _require_npu() -> None:
     except (ImportError, OSError) as error:
         raise ValueError(
             f"device = 'npu': torch_npu cannot be imported ({error}); install graft-moe[npu] and CANN, and source "
-            "CANN's set_env.sh in this shell"
+            "CANN's set_env.sh in this shell, or use the container of deploy/docker/ascend.Dockerfile"
         ) from None
     if not getattr(torch, "npu").is_available():  # noqa: B009 - torch has it only now
         raise ValueError(

@@ -66,9 +66,9 @@ class TrainingAttention(nn.Module):
         key_rope = enter_parallel(self.ops.rotate_interleaved(key_rope, rotation), self.tp)
         expanded = self.kv_b_proj(latent_TC, batch.ids_T).view(-1, self.num_heads, self.nope + self.value)
         key_nope, value_THV = expanded.split((self.nope, self.value), dim=-1)
-        key_THQ = torch.cat((key_nope, key_rope[:, None].expand(-1, self.num_heads, -1)), dim=-1)
-        query_THQ = torch.cat((query_nope, query_rope), dim=-1)
-        out_THV = _attend(self.ops, query_THQ, key_THQ, value_THV, batch.documents, self.scale)
+        key_rope = key_rope[:, None].expand(-1, self.num_heads, -1)
+        queries, keys = (query_nope, query_rope), (key_nope, key_rope)
+        out_THV = _attend(self.ops, queries, keys, value_THV, batch.documents, self.scale)
         return leave_parallel(self.o_proj(out_THV.flatten(1), batch.ids_T), self.tp)
 
     def _queries(self, x_TK: Tensor, ids_T: Tensor) -> Tensor:
@@ -81,13 +81,20 @@ class TrainingAttention(nn.Module):
 
 
 def _attend(
-    ops: Ops, query_THQ: Tensor, key_THQ: Tensor, value_THV: Tensor, documents: Documents, scale: float
+    ops: Ops,
+    queries: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    value_THV: Tensor,
+    documents: Documents,
+    scale: float,
 ) -> Tensor:
-    """Causal attention within each document: [T, H, V]."""
+    """Causal attention within each document, [T, H, V]; queries and keys without and with rotation."""
     outputs = []
     for bucket in documents.buckets:
-        query, key, value = (_by_document(x, bucket) for x in (query_THQ, key_THQ, value_THV))
-        outputs.append(ops.attention(query, key, value, scale).transpose(1, 2).flatten(0, 1))
+        # Joined where heads come before tokens already, so that nothing is laid out anew after it.
+        query, key = (torch.cat([_by_document(x, bucket) for x in parts], dim=-1) for parts in (queries, keys))
+        out = ops.attention(query, key, _by_document(value_THV, bucket), scale)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
     if documents.slot_T is None:
         return outputs[0]
     return torch.cat(outputs).index_select(0, documents.slot_T)
@@ -96,4 +103,5 @@ def _attend(
 def _by_document(x_THW: Tensor, bucket: DocumentBucket) -> Tensor:
     """[documents, H, tokens, W]."""
     rows: Tensor = x_THW if bucket.rows_N is None else x_THW.index_select(0, bucket.rows_N)
-    return rows.view(bucket.num_documents, bucket.num_tokens, *rows.shape[1:]).transpose(1, 2)
+    by_document: Tensor = rows.unflatten(0, (bucket.num_documents, bucket.num_tokens)).transpose(1, 2)
+    return by_document

@@ -19,26 +19,7 @@ from torch.nn.functional import pad
 from runtime.ops.base import Ops
 from runtime.ops.frozen_groups import FrozenGroups
 from runtime.trainer.dropout import Dropout
-
-
-@dataclass(frozen=True)
-class ExpertRows:
-    """Which rows go where; index tensors are int64 on the device.
-
-    `token_of_M`: the input row of each routed row. `places_TK`: the routed rows of each input row, M where a choice is
-    computed elsewhere or dropped. `counts_E`: routed rows of each local expert.
-    `rows_L`: the routed rows of adapted experts (None: all), `counts_G`: how many of them each adapted expert has,
-    `adapted_G`: which of the local experts those are.
-    `ids_M`: the place in the run of each routed row, for dropout.
-    """
-
-    token_of_M: Tensor
-    places_TK: Tensor
-    counts_E: Tensor
-    rows_L: Tensor | None
-    counts_G: Tensor
-    ids_M: Tensor | None = None
-    adapted_G: Tensor | None = None
+from runtime.trainer.expert_rows import ExpertRows, rows_of_part, with_whole_groups
 
 
 @dataclass(frozen=True)
@@ -69,6 +50,7 @@ def routed_experts(
 ) -> Tensor:
     """The sum [T, H] over each row's experts, weighted by `gates_M` (float32, of the routed rows)."""
     tensors = (None,) * 4 if factors is None else (factors.a13, factors.b13, factors.a2, factors.b2)
+    rows, gates_M = with_whole_groups(rows, gates_M, base.ops.routed_row_multiple)
     out_TH = _RoutedExperts.apply(x_TH, gates_M, *tensors, base, factors, rows)  # type: ignore[no-untyped-call]
     return cast(Tensor, out_TH)
 
@@ -194,7 +176,7 @@ class _RoutedExperts(torch.autograd.Function):
         kept = [tensor for _, part in results for tensor in (part.gate_up, part.shrunk13, part.shrunk2)]
         ctx.save_for_backward(x_TH, gates_M, *tensors, *kept)
         ctx.base, ctx.factors, ctx.rows = base, factors, rows
-        return _sum_of_places(results[0][0] if whole_MH is None else whole_MH, rows.places_TK)
+        return _sum_of_places(results[0][0] if whole_MH is None else whole_MH, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -210,7 +192,7 @@ class _RoutedExperts(torch.autograd.Function):
         ]
         results = ctx.base.ops.side_by_side(tasks)
         found = results[0] if whole is None else whole
-        grad_x_TH = None if found.x is None else _sum_of_places(found.x, ctx.rows.places_TK)
+        grad_x_TH = None if found.x is None else _sum_of_places(found.x, ctx.rows)
         return grad_x_TH, found.gates.to(gates_M.dtype), *found.factors, None, None, None
 
 
@@ -283,34 +265,12 @@ def _parts(
     parts = []
     for experts, span in base.ops.shares(rows.counts_E):
         own_base = BaseExperts(base.w13[experts], base.w2[experts], base.ops)
-        own_rows, adapted = _rows_of_part(rows, experts, span)
+        own_rows, adapted = rows_of_part(rows, experts, span)
         own_tensors = [tensor if tensor is None else tensor[adapted] for tensor in tensors]
         first, second = _both(own_tensors, base, factors, own_rows, x_TH.dtype)
         gates_M1 = gates_M[span, None].to(x_TH.dtype)
         parts.append(_Part(own_base, own_rows, span, adapted, gates_M1, first, second))
     return parts
-
-
-def _rows_of_part(rows: ExpertRows, experts: slice, span: slice) -> tuple[ExpertRows, slice]:
-    """The rows of some experts, counted from their first, and which of the adapted experts are among them."""
-    ids_M = None if rows.ids_M is None else rows.ids_M[span]
-    token_of_M, counts_E = rows.token_of_M[span], rows.counts_E[experts]
-    if rows.rows_L is None:
-        return ExpertRows(token_of_M, rows.places_TK, counts_E, None, counts_E, ids_M), experts
-    if span == slice(0, None):
-        return rows, slice(0, None)
-    if rows.adapted_G is None:
-        raise RuntimeError("rows of some experts need to say which those are")
-    low, high = _between(rows.rows_L, span)
-    first, stop = _between(rows.adapted_G, experts)
-    rows_L, counts_G = rows.rows_L[low:high] - span.start, rows.counts_G[first:stop]
-    return ExpertRows(token_of_M, rows.places_TK, counts_E, rows_L, counts_G, ids_M), slice(first, stop)
-
-
-def _between(ascending: Tensor, span: slice) -> tuple[int, int]:
-    """The places of an ascending tensor's values that lie in the span."""
-    low, high = torch.searchsorted(ascending, ascending.new_tensor([span.start, span.stop])).tolist()
-    return low, high
 
 
 def _both(
@@ -329,11 +289,11 @@ def _transposed(weight_GNK: Tensor) -> Tensor:
     return weight_GNK.transpose(1, 2)[:, None]
 
 
-def _sum_of_places(y_MH: Tensor, places_TK: Tensor) -> Tensor:
+def _sum_of_places(y_MH: Tensor, rows: ExpertRows) -> Tensor:
     """Each input row's sum over its routed rows, in float32; place M adds nothing."""
-    if y_MH.shape[0] < places_TK.numel():
+    if rows.has_absent:
         y_MH = torch.cat((y_MH, y_MH.new_zeros(1, y_MH.shape[1])))
-    first_T, *rest = places_TK.unbind(1)
+    first_T, *rest = rows.places_TK.unbind(1)
     sum_TH = y_MH.index_select(0, first_T).float()
     for places_T in rest:
         sum_TH += y_MH.index_select(0, places_T)

@@ -44,7 +44,7 @@ def _of_base(stage: TrainingStage) -> str:
             weight = module.base.weight
             own[name] = _of_tensor(weight[:, 0] if module.split is Split.ROW else weight[0])
         elif isinstance(module, LoraGroupedExperts):
-            for expert, rows13, rows2 in zip(module.experts, *module.base_rows, strict=True):
+            for expert, rows13, rows2 in zip(module.experts, *module.first_rows(), strict=True):
                 own[f"{name}.{expert}"] = _of_tensor(rows2) + _of_tensor(rows13)
     if stage.is_first and stage.mesh.tp.rank == 0:
         own["embed_tokens"] = _of_tensor(stage.embed_tokens[0])

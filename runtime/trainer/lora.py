@@ -17,7 +17,8 @@ from runtime.layers.linear import Linear
 from runtime.layers.placement import Placement
 from runtime.ops.frozen_groups import PlainGroups
 from runtime.trainer.dropout import Dropout
-from runtime.trainer.expert_function import BaseExperts, ExpertFactors, ExpertRows, routed_experts
+from runtime.trainer.expert_function import BaseExperts, ExpertFactors, routed_experts
+from runtime.trainer.expert_rows import ExpertRows
 from runtime.trainer.parameters import LoraParameter, Side
 
 
@@ -104,21 +105,21 @@ class LoraGroupedExperts(nn.Module):
         self.w13 = placement.empty(len(experts), 2 * width, hidden)
         self.w2 = placement.empty(len(experts), hidden, width)
         self.device = placement.device
+        self._first_rows: tuple[Tensor, Tensor] | None = None
         self.base = BaseExperts(PlainGroups(self.w13, self.ops), PlainGroups(self.w2, self.ops), self.ops)
         self.spec: LoraSpec | None = None
         self.adapted: tuple[int, ...] = ()
         self.set_factors(spec, self.experts)
 
-    def freeze_base(self, *, pack: bool) -> None:
-        """Once the base is loaded: hold it as the device multiplies by it fastest, with twice the memory if `pack`.
+    def pack_base(self) -> None:
+        """Once the base is loaded: hold it as the device multiplies by it fastest, which may take twice the memory."""
+        self._first_rows = self.first_rows()
+        self.base = BaseExperts(self.ops.pack_groups(self.w13), self.ops.pack_groups(self.w2), self.ops)
+        del self.w13, self.w2
 
-        Of what is not kept as it was, the first rows (`base_rows`, [E, H] and [E, I]) remain to tell bases apart.
-        """
-        self.base_rows = (self.w13[:, 0].clone(), self.w2[:, 0].clone())
-        if pack:
-            w13, w2 = (self.ops.freeze_groups(weight, pack=True) for weight in (self.w13, self.w2))
-            self.base = BaseExperts(w13, w2, self.ops)
-            del self.w13, self.w2
+    def first_rows(self) -> tuple[Tensor, Tensor]:
+        """Of each expert's w13 and w2, [E, H] and [E, I], by which bases are told apart."""
+        return (self.w13[:, 0].clone(), self.w2[:, 0].clone()) if self._first_rows is None else self._first_rows
 
     def set_factors(self, spec: LoraSpec | None, adapted: Sequence[int]) -> None:
         """Make room for the factors of those of `adapted` (global indices) that lie here, all zeros."""

@@ -82,8 +82,9 @@ def prepare_model(
     with progress_bar("loading the base") as progress:
         shown = progress if mesh.world.rank == 0 else None
         together(lambda: load_stage(stage, config.model, shown), mesh.world)
-    for moe in stage.moe_layers().values():
-        moe.experts.freeze_base(pack=config.pack_experts)
+    if config.pack_experts:
+        for moe in stage.moe_layers().values():
+            moe.experts.pack_base()
     stage.train()
     experts: Mapping[int, tuple[int, ...]] | None = resumed.experts if resumed is not None else None
     if resumed is None and config.selection is not None:

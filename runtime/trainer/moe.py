@@ -18,7 +18,7 @@ from runtime.models.deepseek.config import DeepseekConfig
 from runtime.models.deepseek.router import Router
 from runtime.trainer.balance import add_to_gradients, balance_loss, limit_load
 from runtime.trainer.config import RoutingConfig
-from runtime.trainer.expert_function import ExpertRows
+from runtime.trainer.expert_rows import ExpertRows
 from runtime.trainer.lora import LoraGroupedExperts, LoraSpec
 from runtime.trainer.micro_batch import MicroBatch
 from runtime.trainer.mlp import LoraGatedMlp
@@ -154,9 +154,10 @@ class TrainingMoe(nn.Module):
         experts = self.experts
         local_M = experts_M - self.per_process * self.mesh.ep.rank
         counts_E = torch.bincount(local_M, minlength=self.per_process)
+        has_absent = len(token_of_M) < places_TK.numel()
         if experts.are_all_adapted or not experts.adapted:
-            return ExpertRows(token_of_M, places_TK, counts_E, None, counts_E, ids_M)
+            return ExpertRows(token_of_M, places_TK, has_absent, counts_E, None, counts_E, ids_M)
         adapted_G = torch.tensor(experts.adapted, device=local_M.device) - self.per_process * self.mesh.ep.rank
         is_adapted_E = torch.zeros_like(counts_E, dtype=torch.bool).index_fill_(0, adapted_G, True)
         rows_L = is_adapted_E[local_M].nonzero().squeeze(1)
-        return ExpertRows(token_of_M, places_TK, counts_E, rows_L, counts_E[adapted_G], ids_M, adapted_G)
+        return ExpertRows(token_of_M, places_TK, has_absent, counts_E, rows_L, counts_E[adapted_G], ids_M, adapted_G)

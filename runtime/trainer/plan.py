@@ -52,13 +52,14 @@ class TensorInfo:
 class StageInfo:
     """What one process of a pipeline stage holds besides LoRA; activations at the peak, with and without checkpointing.
 
-    `base_parameters`: those of the frozen base on one process.
+    `base_parameters`: those of the frozen base on one process; `packed_parameters`: those of them that it holds twice.
     """
 
     layers: tuple[int, ...]
     base_parameters: int
     activation_bytes: int
     checkpointed_bytes: int
+    packed_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def process_memory(plan: RunPlan, stage: int, *, checkpointing: bool) -> Process
     own = sum(-(-tensor.num_parameters // tensor.num_shards) for tensor in plan.tensors if tensor.pp_stage == stage)
     compute = COMPUTE_BYTES[plan.dtype]
     return ProcessMemory(
-        base=info.base_parameters * compute,
+        base=(info.base_parameters + info.packed_parameters) * compute,
         master=own * MASTER_BYTES,
         gradients=own * MASTER_BYTES,
         moments=2 * own * MASTER_BYTES,
@@ -194,7 +195,16 @@ def _stage_info(
         + logits
         for checkpointing in (False, True)
     ]
-    return StageInfo(tuple(layers), _base_parameters_of(base, config, stage, layers), *both)
+    packs = config.pack_experts and config.device == "cpu" and config.dtype == "bfloat16"
+    packed = _expert_parameters_of(base, config, layers) if packs else 0
+    return StageInfo(tuple(layers), _base_parameters_of(base, config, stage, layers), both[0], both[1], packed)
+
+
+def _expert_parameters_of(base: DeepseekConfig, config: TrainConfig, layers: range) -> int:
+    """Parameters of the routed experts on one process of a stage."""
+    num_layers = sum(base.is_moe_layer(layer) for layer in layers)
+    one = 3 * base.hidden_size * base.moe_intermediate_size
+    return num_layers * base.n_routed_experts * one // config.parallel.expert_size
 
 
 def _base_parameters_of(base: DeepseekConfig, config: TrainConfig, stage: int, layers: range) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from runtime.trainer.expert_function import ExpertFactors, ExpertRows
+from runtime.trainer.expert_function import ExpertFactors
+from runtime.trainer.expert_rows import ExpertRows
 
 
 def reference_experts(

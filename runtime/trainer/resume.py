@@ -13,8 +13,8 @@ from runtime.trainer.config_file import as_plain
 LATEST = "latest"
 # What does not change the result of a run; everything else must be as it was.
 FREE = frozenset(
-    ("output", "model", "parallel", "micro_batch_rows", "device", "activation_checkpointing", "log_every",
-     "eval_every", "save_every", "keep_checkpoints", "check_replicas_every", "export_format", "base_name",
+    ("output", "model", "parallel", "micro_batch_rows", "device", "activation_checkpointing", "pack_experts",
+     "log_every", "eval_every", "save_every", "keep_checkpoints", "check_replicas_every", "export_format", "base_name",
      "measure_mfu")
 )  # fmt: skip
 

@@ -14,8 +14,10 @@ from runtime.ops import cpu_threads
 from runtime.ops.base import Ops
 from runtime.ops.cpu import CpuOps
 from runtime.ops.cpu_packed_groups import PackedGroups
+from runtime.ops.frozen_groups import PlainGroups
 from runtime.trainer.dropout import Dropout
-from runtime.trainer.expert_function import BaseExperts, ExpertFactors, ExpertRows, routed_experts
+from runtime.trainer.expert_function import BaseExperts, ExpertFactors, routed_experts
+from runtime.trainer.expert_rows import ExpertRows
 from runtime.trainer.reference_experts import reference_experts
 
 HIDDEN, WIDTH, RANK = 24, 20, 3
@@ -105,6 +107,7 @@ def make_inputs(case: Case) -> Inputs:
     rows = ExpertRows(
         choices // 2,
         places.view(-1, 2),
+        case.num_dropped > 0,
         counts_E,
         None if all_or_none else is_adapted_M.nonzero().squeeze(1),
         counts_E if all_or_none else counts_E[torch.tensor(adapted)],
@@ -151,7 +154,9 @@ def run(
 
 def frozen(inputs: Inputs, ops: Ops, *, pack: bool = False) -> BaseExperts:
     """The base's weights as the back-end holds them."""
-    return BaseExperts(ops.freeze_groups(inputs.w13, pack=pack), ops.freeze_groups(inputs.w2, pack=pack), ops)
+    if pack:
+        return BaseExperts(ops.pack_groups(inputs.w13), ops.pack_groups(inputs.w2), ops)
+    return BaseExperts(PlainGroups(inputs.w13, ops), PlainGroups(inputs.w2, ops), ops)
 
 
 def dropping_reference(

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 logger = logging.getLogger(__name__)
 
-_told: set[tuple[str, str]] = set()
+_told: Counter[tuple[str, str]] = Counter()
 
 
 def tell_once(operator: str, reason: str) -> None:
     """Log that an operator was replaced by plain PyTorch, and why; the same again says nothing."""
-    if (operator, reason) not in _told:
-        _told.add((operator, reason))
+    _told[operator, reason] += 1
+    if _told[operator, reason] == 1:
         logger.warning("%s is replaced by plain PyTorch operations on the device: %s", operator, reason)
+
+
+def replaced() -> Counter[tuple[str, str]]:
+    """How often each operator was replaced in this process so far, by (operator, reason)."""
+    return _told.copy()
