@@ -70,6 +70,12 @@ test-npu: $(NPU_STUBS)/.built
 		$(NPU_BIN)/python -m pytest -o addopts="-ra --strict-markers --strict-config --import-mode=importlib" \
 		tests/npu $(PYTEST_ARGS)
 
+## make npu-launches   launches and bytes of a step on Ascend, and predicted times (writes benchmarks/results/)
+.PHONY: npu-launches
+npu-launches: $(NPU_STUBS)/.built
+	LD_LIBRARY_PATH=$(CURDIR)/$(NPU_STUBS) TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+		$(NPU_BIN)/python -m benchmarks.npu_launches
+
 ## make bench   decode with 8 adapters against transformers + PEFT (minutes; writes benchmarks/results/)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.decode_vs_peft

@@ -5,7 +5,9 @@ Shape suffixes: T tokens of the step, M routed rows, B a subset of tokens, L row
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from runtime.adapters.device_pages import DevicePages
 from runtime.adapters.page_pool import PagePool
 from runtime.ops.base import Ops
 from runtime.ops.lora_rows import LoraRows
+from runtime.ops.routing import SortedRows
 
 BASE_SLOT = -1
 
@@ -30,21 +33,25 @@ class LoraPlan:
         self._slots = slots
         self._active = frozenset(slots) - {BASE_SLOT}
         self._row_slots = [slot for slot, count in zip(slots, num_tokens, strict=True) for _ in range(count)]
-        # Row 0 of every page table is the base's, so slots are shifted by one.
-        self._table_rows_T = torch.tensor(self._row_slots, device=device) + 1
+        self._device = device
         # Routed rows are sorted by expert and by the row's place among the slots of this step, base first.
-        places = {slot: place for place, slot in enumerate([BASE_SLOT, *sorted(self._active)])}
-        self._table_rows_A = torch.tensor([slot + 1 for slot in places], device=device)
-        self._places_T1 = torch.tensor([[places[slot]] for slot in self._row_slots], dtype=torch.int32, device=device)
+        self._places = [BASE_SLOT, *sorted(self._active)]
+        # By the pools' layouts: what is the same for all layers that have the same pages.
+        self._linear_ends: dict[bytes, Tensor] = {}
+        self._last_keys: dict[bytes, Tensor] = {}
+        self._keyed_pages: dict[bytes, Tensor] = {}
 
     def add_linear_(self, module: str, y_TN: Tensor, x_TK: Tensor) -> None:
         """See StepLora."""
-        self._add_linear_(module, y_TN, x_TK, self._table_rows_T)
+        for pool in self._active_pools(self._pages.linears.get(module, {}).values()):
+            self._ops.lora_add_(y_TN, x_TK, pool.factor("a"), (pool.factor("b"),), self._linear_rows(pool))
 
     def add_linear_of_rows_(self, module: str, y_BN: Tensor, x_BK: Tensor, rows_B: Tensor) -> None:
         """See StepLora."""
-        if module in self._pages.linears:
-            self._add_linear_(module, y_BN, x_BK, self._table_rows_T[rows_B])
+        for pool in self._active_pools(self._pages.linears.get(module, {}).values()):
+            pages_B = pool.table[:, 0].index_select(0, self._table_rows_T[rows_B])
+            rows = LoraRows.of_pages(pages_B, pool.num_pages, all_have_pages=self._is_whole(pool))
+            self._ops.lora_add_(y_BN, x_BK, pool.factor("a"), (pool.factor("b"),), rows)
 
     def add_linear_of_sequence_(self, module: str, y_LN: Tensor, x_LK: Tensor, sequence: int) -> None:
         """See StepLora."""
@@ -72,31 +79,83 @@ class LoraPlan:
     def route_keys(self, experts_TE: Tensor) -> tuple[Tensor, int]:
         """See StepLora."""
         keys_of_expert = len(self._active) + 1
-        return experts_TE * keys_of_expert + self._places_T1, keys_of_expert
+        return torch.add(self._places_T1, experts_TE, alpha=keys_of_expert), keys_of_expert
 
-    def expert_deltas(self, layer: int, keys_M: Tensor) -> PagedExpertDeltas:
+    def expert_deltas(self, layer: int, keys_TE: Tensor, rows: SortedRows) -> PagedExpertDeltas:
         """See StepLora."""
         pools = self._active_pools(self._pages.experts.get(layer, {}).values())
-        return PagedExpertDeltas(self._ops, [(pool, self._expert_rows(pool, keys_M)) for pool in pools])
 
-    def _expert_rows(self, pool: PagePool, keys_M: Tensor) -> LoraRows:
-        """A key is (expert, place of the slot), so a table is read in that order."""
+        @cache
+        def keys_M() -> Tensor:
+            return keys_TE.flatten().index_select(0, rows.order_M)
 
-        def of_rows(table: Tensor) -> Tensor:
-            return table.index_select(0, self._table_rows_A).T.flatten().index_select(0, keys_M)
+        return PagedExpertDeltas(self._ops, [(pool, self._expert_rows(pool, keys_M, rows)) for pool in pools])
 
-        is_whole = pool.whole_slots.issuperset(self._slots)
-        return LoraRows(of_rows(pool.table), lambda: of_rows(pool.nearest), pool.num_pages, is_whole)
+    def _expert_rows(self, pool: PagePool, keys_M: Callable[[], Tensor], rows: SortedRows) -> LoraRows:
+        def find_pages() -> Tensor:
+            return self._pages_of_keys(pool).index_select(0, keys_M())
 
-    def _add_linear_(self, module: str, y: Tensor, x: Tensor, table_rows: Tensor) -> None:
-        for pool in self._active_pools(self._pages.linears.get(module, {}).values()):
-            rows = self._linear_rows(pool, table_rows)
-            self._ops.lora_add_(y, x, pool.factor("a"), (pool.factor("b"),), rows)
+        def find_ends() -> Tensor:
+            return rows.ends_G.index_select(0, self._last_keys_of(pool))
 
-    def _linear_rows(self, pool: PagePool, table_rows: Tensor) -> LoraRows:
-        is_whole = pool.whole_slots.issuperset(self._slots)
-        pages = pool.table[:, 0].index_select(0, table_rows)
-        return LoraRows(pages, lambda: pool.nearest[:, 0].index_select(0, table_rows), pool.num_pages, is_whole)
+        return LoraRows(find_pages, find_ends, pool.num_pages, self._is_whole(pool))
+
+    def _pages_of_keys(self, pool: PagePool) -> Tensor:
+        """A key is (expert, place of the slot), so the table is read in that order."""
+        if pool.layout not in self._keyed_pages:
+            self._keyed_pages[pool.layout] = pool.table.index_select(0, self._table_rows_A).T.flatten()
+        return self._keyed_pages[pool.layout]
+
+    def _last_keys_of(self, pool: PagePool) -> Tensor:
+        """[P]: the key before that of the next page."""
+        if pool.layout not in self._last_keys:
+            places_P = self._last_places_S.index_select(0, pool.next_slots_P)
+            self._last_keys[pool.layout] = torch.add(places_P, pool.next_regions_P, alpha=len(self._places))
+        return self._last_keys[pool.layout]
+
+    def _linear_rows(self, pool: PagePool) -> LoraRows:
+        def find_pages() -> Tensor:
+            return pool.table[:, 0].index_select(0, self._table_rows_T)
+
+        return LoraRows(find_pages, lambda: self._linear_ends_of(pool), pool.num_pages, self._is_whole(pool))
+
+    def _linear_ends_of(self, pool: PagePool) -> Tensor:
+        """[P]: how many tokens come before those of the next page's slot."""
+        if pool.layout not in self._linear_ends:
+            self._linear_ends[pool.layout] = self._num_rows_before_S.index_select(0, pool.next_slots_P)
+        return self._linear_ends[pool.layout]
+
+    # Tensors that not every device asks for; each is copied there once a step. S: slots, and the end of all pages.
+
+    @cached_property
+    def _table_rows_T(self) -> Tensor:
+        """Rows of page tables; row 0 is the base's, so slots are shifted by one."""
+        return torch.tensor([slot + 1 for slot in self._row_slots], device=self._device)
+
+    @cached_property
+    def _table_rows_A(self) -> Tensor:
+        return torch.tensor([slot + 1 for slot in self._places], device=self._device)
+
+    @cached_property
+    def _places_T1(self) -> Tensor:
+        place_of = {slot: place for place, slot in enumerate(self._places)}
+        places = [[place_of[slot]] for slot in self._row_slots]
+        return torch.tensor(places, dtype=torch.int32, device=self._device)
+
+    @cached_property
+    def _num_rows_before_S(self) -> Tensor:
+        """Of each slot the tokens of smaller slots, then all tokens."""
+        before = [bisect_left(self._row_slots, slot) for slot in range(self._pages.max_slots)]
+        return torch.tensor([*before, len(self._row_slots)], device=self._device)
+
+    @cached_property
+    def _last_places_S(self) -> Tensor:
+        """Of each slot the last place of a smaller one, then -1: the place before the first of a region."""
+        before = [bisect_left(self._places, slot) - 1 for slot in range(self._pages.max_slots)]
+        return torch.tensor([*before, -1], device=self._device)
+
+    def _is_whole(self, pool: PagePool) -> bool:
+        return pool.whole_slots.issuperset(self._slots)
 
     def _active_pools(self, pools: Iterable[PagePool]) -> list[PagePool]:
         return [pool for pool in pools if pool.slots & self._active]

@@ -7,9 +7,11 @@ storage is exact. Pages ascend by (region, slot), which is the order in which th
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -38,8 +40,9 @@ class HostPages:
 class PagePool:
     """All pages of one module and one padded rank.
 
-    `table[slot + 1, region]` is a page or -1, row 0 is the base; `nearest` of the same shape holds the last page at or
-    before (region, slot), page 0 where there is none before.
+    `table[slot + 1, region]` is a page or -1, row 0 is the base. `next_regions_P` and `next_slots_P` say of each page
+    where the next one is; after the last one comes (number of regions, `max_slots`). `layout` is equal in pools that
+    have pages for the same regions and slots.
     """
 
     def __init__(self, like: HostPages, num_regions: int, max_slots: int, device: torch.device) -> None:
@@ -49,7 +52,8 @@ class PagePool:
             name: tensor.new_empty((0, *tensor.shape[1:]), device=device) for name, tensor in like.factors.items()
         }
         self.table = torch.full((max_slots + 1, num_regions), NO_PAGE, dtype=torch.int64, device=device)
-        self.nearest = torch.zeros_like(self.table)
+        self.next_regions_P, self.next_slots_P = torch.zeros(2, 0, dtype=torch.int64, device=device)
+        self.layout = b""
         self.slots: frozenset[int] = frozenset()
         self._a_rows_first = like.a_rows_first
         self._owners: list[tuple[int, int]] = []
@@ -116,5 +120,7 @@ class PagePool:
         if owners:
             regions, slots = torch.tensor(owners, device=self.device).unbind(1)
             self.table[slots + 1, regions] = torch.arange(len(owners), device=self.device)
-        by_region = self.table.T.flatten()
-        self.nearest.copy_(by_region.cummax(0).values.clamp(min=0).view_as(self.table.T).T)
+        following = [*owners[1:], (self.table.shape[1], self.table.shape[0] - 1)][: len(owners)]
+        next_P2 = torch.tensor(following, dtype=torch.int64, device=self.device).view(-1, 2)
+        self.next_regions_P, self.next_slots_P = next_P2.T.contiguous()
+        self.layout = array("q", chain.from_iterable(owners)).tobytes()

@@ -175,10 +175,9 @@ def _padded_rank(shapes: Shapes, ops: Ops) -> int:
 
 @dataclass(frozen=True)
 class _PagedRows:
-    """Rows sorted by expert and adapter, on the host: each one's page (-1: none) and the last page before it."""
+    """Rows sorted by expert and adapter, on the host: each one's page (-1: none)."""
 
     pages_M: Tensor
-    nearest_M: Tensor
     num_pages: int
     num_hit: int
 
@@ -195,13 +194,16 @@ class _PagedRows:
             slots = torch.randint(-1, shapes.num_adapters, (count,), generator=source.host).sort().values.tolist()
             pages += [first_page[expert] + slot if slot >= 0 else -1 for slot in slots]
         pages_M = torch.tensor(pages)
-        nearest_M = pages_M.cummax(0).values.clamp(min=0)
-        return cls(pages_M, nearest_M, len(adapted) * shapes.num_adapters, len({page for page in pages if page >= 0}))
+        return cls(pages_M, len(adapted) * shapes.num_adapters, len({page for page in pages if page >= 0}))
 
     def placed(self, source: Source) -> LoraRows:
-        """As the operation is given them."""
-        nearest_M = source.place(self.nearest_M)
-        return LoraRows(source.place(self.pages_M), lambda: nearest_M, self.num_pages)
+        """As the operation is given them; the group list is made on the host, since a step makes it in another way."""
+        pages_M, ends_P = source.place(self.pages_M), source.place(self.on_host().ends_P)
+        return LoraRows(lambda: pages_M, lambda: ends_P, self.num_pages)
+
+    def on_host(self) -> LoraRows:
+        """As the reference is given them."""
+        return LoraRows.of_pages(self.pages_M, self.num_pages)
 
 
 def _lora_add(shapes: Shapes, ops: Ops, source: Source, *, phase: str, side: str) -> Prepared:
@@ -225,8 +227,7 @@ def _lora_add(shapes: Shapes, ops: Ops, source: Source, *, phase: str, side: str
 
     def expected(exact: Exact) -> Results:
         sum_MN = exact(y_MN).clone()
-        rows = LoraRows(paged.pages_M, lambda: paged.nearest_M, paged.num_pages)
-        reference.lora_add_(sum_MN, exact(x_MK), exact(a_PKR), [exact(b) for b in bs], rows)
+        reference.lora_add_(sum_MN, exact(x_MK), exact(a_PKR), [exact(b) for b in bs], paged.on_host())
         return (sum_MN,)
 
     factor_numbers = paged.num_hit * (num_k * parts * rank + rank * num_n)

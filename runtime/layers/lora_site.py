@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from runtime.ops.routing import SortedRows
+
 
 class ExpertDeltas(Protocol):
     """The adapters of one layer's routed rows."""
@@ -42,6 +44,6 @@ class StepLora(Protocol):
         """Sort keys [T, E] of routed rows, ascending by expert, then by adapter; and how many an expert has."""
         ...
 
-    def expert_deltas(self, layer: int, keys_M: Tensor) -> ExpertDeltas:
-        """The deltas of one layer's sorted routed rows by their keys."""
+    def expert_deltas(self, layer: int, keys_TE: Tensor, rows: SortedRows) -> ExpertDeltas:
+        """The deltas of one layer's routed rows, which were sorted by their keys."""
         ...

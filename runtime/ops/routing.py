@@ -50,6 +50,11 @@ class SortedRows:
         return _inverse(self.to_M) if self.from_M is None else self.from_M
 
     @cached_property
+    def ends_G(self) -> Tensor:
+        """The row after each key's last one, int64."""
+        return self.counts_G.cumsum(0)
+
+    @cached_property
     def places_M(self) -> Tensor:
         """The sorted row of each choice."""
         return _inverse(self.from_M) if self.to_M is None else self.to_M

@@ -1,4 +1,4 @@
-"""Pages in the layout that a device asks for, and where rows without a page are counted."""
+"""Pages in the layout that a device asks for, and what each page knows of the next one."""
 
 from __future__ import annotations
 
@@ -18,15 +18,26 @@ def _pages(regions: list[int]) -> HostPages:
     return HostPages(2, regions, {"a": torch.randn(shape), "b": torch.randn(shape).transpose(1, 2).contiguous()})
 
 
-def test_every_place_of_the_table_has_the_last_page_before_it() -> None:
+def test_pages_know_the_place_of_the_next_one() -> None:
     pool = PagePool(_pages([0]), num_regions=4, max_slots=2, device=CPU)
     pool.insert(1, _pages([1, 3]))
     pool.insert(0, _pages([1]))
     assert pool.table.tolist() == [[-1, -1, -1, -1], [-1, 0, -1, -1], [-1, 1, -1, 2]]
-    assert pool.nearest.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 1, 1, 2]]
+    assert (pool.next_regions_P.tolist(), pool.next_slots_P.tolist()) == ([1, 3, 4], [1, 1, 2])
     assert (pool.page(1, 3), pool.num_pages, pool.whole_slots) == (2, 3, frozenset())
     pool.remove(0)
-    assert pool.nearest.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert (pool.next_regions_P.tolist(), pool.next_slots_P.tolist()) == ([3, 4], [1, 2])
+
+
+def test_pools_with_pages_for_the_same_regions_and_slots_have_one_layout() -> None:
+    def layout(*owners: tuple[int, list[int]]) -> bytes:
+        pool = PagePool(_pages([0]), num_regions=4, max_slots=2, device=CPU)
+        for slot, regions in owners:
+            pool.insert(slot, _pages(regions))
+        return pool.layout
+
+    assert layout((0, [1, 2]), (1, [0])) == layout((1, [0]), (0, [1, 2]))
+    assert len({layout((0, [0, 2])), layout((0, [1, 2])), layout((1, [1, 2])), layout((0, [1, 2, 3])), layout()}) == 5
 
 
 def test_slots_with_a_page_in_every_region_are_whole() -> None:

@@ -108,6 +108,26 @@ def test_lora_of_any_number_of_pages_is_added_without_waiting(dtype: torch.dtype
     assert bench.calls["npu_grouped_matmul"] == (1 + parts) * -(-num_pages // 1024)
 
 
+@pytest.mark.parametrize("num_pages", [1024, 1025, 2600])
+def test_rows_that_all_have_pages_are_told_apart_by_their_places_alone(num_pages: int) -> None:
+    torch.manual_seed(4)
+    pages = torch.randint(0, num_pages, (60,)).sort().values
+    a, b = torch.randn(num_pages, 16, 32) / 6, torch.randn(num_pages, 16, 24) / 3
+    a[pages[30]] = 1e37
+    x, y = torch.randn(60, 32), torch.randn(60, 24)
+    known = LoraRows.of_pages(pages, num_pages, all_have_pages=True)
+
+    def find_pages() -> Tensor:
+        raise AssertionError("a row's page was asked for")
+
+    expected, seen = y.clone(), y.clone()
+    reference.lora_add_(expected, x, a.transpose(1, 2), [b], known)
+    rows = LoraRows(find_pages, lambda: known.ends_P, num_pages, all_have_pages=True)
+    OPS.lora_add_(seen, x, a.transpose(1, 2), [b], rows)
+    others = pages != pages[30]
+    torch.testing.assert_close(seen[others], expected[others])
+
+
 def test_rows_that_all_have_pages_and_pools_without_pages() -> None:
     x, y = torch.ones(5, 32), torch.zeros(5, 16)
     a, b = torch.full((3, 16, 32), 0.25).transpose(1, 2), torch.full((3, 16, 16), 0.5)

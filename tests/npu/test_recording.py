@@ -42,6 +42,22 @@ def test_pytorchs_own_launches_are_recorded_on_demand_without_views() -> None:
     assert launches[0].flops == 2 * 3 * 8 * 4
 
 
+def test_what_inference_mode_leaves_whole_is_recorded_by_its_parts() -> None:
+    x, weight = torch.randn(3, 8), torch.randn(4, 8)
+    with torch.inference_mode(), bench.record(all_operators=True) as launches:
+        torch.nn.functional.linear(x, weight).contiguous()
+    assert [(launch.operator, launch.flops) for launch in launches] == [("aten.mm", 2 * 3 * 8 * 4)]
+
+
+def test_rows_of_a_table_are_read_not_the_table() -> None:
+    table, index = torch.zeros(1000, 64), torch.tensor([4, 7])
+    with bench.record(all_operators=True) as launches:
+        table.index_select(0, index)
+        torch.nn.functional.embedding(index, table)
+        table[index]
+    assert [(launch.bytes_read, launch.bytes_written) for launch in launches] == [(2 * 64 * 4 + 2 * 8, 2 * 64 * 4)] * 3
+
+
 def test_decode_reads_each_sequences_latents_once_for_all_heads() -> None:
     latents, ropes = torch.zeros(4, 1, 16, 512).bfloat16(), torch.zeros(4, 1, 16, 64).bfloat16()
     query, rope = torch.zeros(2, 8, 512).bfloat16(), torch.zeros(2, 8, 64).bfloat16()

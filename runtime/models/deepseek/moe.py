@@ -33,7 +33,7 @@ class RoutedExperts(nn.Module):
         keys, keys_of_expert = (experts, 1) if lora is None else lora.route_keys(experts)
         rows = self.ops.sort_rows(x_TH, keys, num_experts * keys_of_expert)
         counts_E = rows.counts_G if lora is None else rows.counts_G.view(num_experts, keys_of_expert).sum(1)
-        deltas = None if lora is None else lora.expert_deltas(self.layer, keys.flatten().index_select(0, rows.order_M))
+        deltas = None if lora is None else lora.expert_deltas(self.layer, keys, rows)
         gate_up = self.ops.grouped_matmul(rows.x_MH, self.w13, counts_E)
         if deltas is not None:
             deltas.add_gate_up_(gate_up, rows.x_MH)

@@ -37,9 +37,9 @@ class CudaOps(Ops):
             return
         ends_P = lora.ends_P.to(torch.int32)
         shrunk_MR = torch.nn.functional.grouped_mm(x_MK, a_PKR, offs=ends_P)
-        if not lora.all_have_pages:
+        if lora.without_page_M1 is not None:
             # Replaced, not multiplied by zero: the product with a neighbour's factors may have overflown.
-            shrunk_MR.masked_fill_(~lora.has_page_M1, 0)
+            shrunk_MR.masked_fill_(lora.without_page_M1, 0)
         parts = zip(y_MN.chunk(len(bs_PRN), dim=1), shrunk_MR.chunk(len(bs_PRN), dim=1), bs_PRN, strict=True)
         for y_part, part_MR, b_PRN in parts:
             y_part += torch.nn.functional.grouped_mm(part_MR.contiguous(), b_PRN, offs=ends_P)

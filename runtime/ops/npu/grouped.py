@@ -60,26 +60,28 @@ def grouped_outer(x_MK: Tensor, y_MN: Tensor, counts_G: Tensor) -> Tensor:
 def lora_add_(y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], lora: LoraRows) -> None:
     """`Ops.lora_add_`: all rows in their order, each launch over as many pages as a group list may have.
 
-    Rows before a launch's first page are counted to that page and rows after its last to the last one, so that every
-    launch has packed rows and fixed shapes; what such rows, and rows without a page, give is replaced by zeros between
-    the two products.
+    Rows of other launches' pages are counted to a launch's first or last page, so that every launch has packed rows and
+    fixed shapes; what such rows, and rows without a page, give is replaced by zeros between the two products.
     """
     if not x_MK.shape[0]:
         return
     for first in range(0, lora.num_pages, MAX_GROUPS):
         pages = slice(first, min(first + MAX_GROUPS, lora.num_pages))
-        ends = lora.ends_P[pages]
-        if pages.stop < lora.num_pages:
-            ends = ends.clone()
-            ends[-1:] = x_MK.shape[0]
+        ends, without_page_M1 = lora.part(pages, x_MK.shape[0])
         shrunk_MR = _multiplied(x_MK, a_PKR[pages], ends, is_cumulative=True)
-        if lora.num_pages > MAX_GROUPS:
-            shrunk_MR.masked_fill_(lora.outside(pages), 0)
-        elif not lora.all_have_pages:
-            shrunk_MR.masked_fill_(~lora.has_page_M1, 0)
-        parts = zip(y_MN.chunk(len(bs_PRN), dim=1), shrunk_MR.chunk(len(bs_PRN), dim=1), bs_PRN, strict=True)
+        if without_page_M1 is not None:
+            shrunk_MR.masked_fill_(without_page_M1, 0)
+        parts = zip(y_MN.chunk(len(bs_PRN), dim=1), _column_parts(shrunk_MR, len(bs_PRN)), bs_PRN, strict=True)
         for y_part, part_MR, b_PRN in parts:
             y_part += _multiplied(part_MR, b_PRN[pages], ends, is_cumulative=True)
+
+
+def _column_parts(x_MR: Tensor, num_parts: int) -> Sequence[Tensor]:
+    """Equal parts of the columns, contiguous after one copy of them all."""
+    if num_parts == 1:
+        return (x_MR,)
+    parts_GMR: Tensor = x_MR.unflatten(1, (num_parts, -1)).transpose(0, 1).contiguous()
+    return parts_GMR.unbind(0)
 
 
 def _multiplied(x_MK: Tensor, weight_GKN: Tensor, group_list_G: Tensor, *, is_cumulative: bool) -> Tensor:

@@ -17,9 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tests.npu.bench.registry import tensors_in
-from tests.npu.bench.traffic import TRAFFIC, Traffic, num_bytes
+from tests.npu.bench.traffic import TRAFFIC, TRAFFIC_OF_PYTORCH, Traffic, num_bytes
 
-ALLOCATIONS = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "lift_fresh")
+# Operators that start nothing on the device, though their schemas do not say that they give views.
+WITHOUT_LAUNCH = (
+    "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "detach_", "lift_fresh",
+    "_unsafe_view",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_composite(func):
+            # Under inference mode these arrive whole; what they are made of is what the device runs.
+            with self:
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         is_npu = func.namespace == "npu"
         if is_npu or (self._all_operators and _launches(func)):
@@ -57,9 +65,15 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
+def _is_composite(func: Any) -> bool:
+    return func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), "CompositeImplicitAutograd"
+    )
+
+
 def _launches(func: Any) -> bool:
     views = any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
-    return not views and func._schema.name.split("::")[1] not in ALLOCATIONS
+    return not views and func._schema.name.split("::")[1] not in WITHOUT_LAUNCH
 
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -73,8 +87,9 @@ def _launch(func: Any, is_npu: bool, arguments: dict[str, Any], out: Any) -> Lau
     namespace, name = func._schema.name.split("::")
     tensors: list[Tensor] = list(tensors_in(arguments))
     inputs = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
-    if is_npu and name in TRAFFIC:
-        traffic = TRAFFIC[name](arguments, out)
+    rules = TRAFFIC if is_npu else TRAFFIC_OF_PYTORCH
+    if name in rules:
+        traffic = rules[name](arguments, out)
     else:
         traffic = Traffic(num_bytes(tensors), num_bytes(list(tensors_in(out))), 0)
     flops = traffic.flops

@@ -129,6 +129,25 @@ def _transpose_batchmatmul(arguments: Arguments, out: Tensor) -> Traffic:
     return Traffic(num_bytes(both), num_bytes([out]), 2 * arguments["input"].numel() * arguments["weight"].shape[2])
 
 
+def _gathered(indices: str) -> Rule:
+    """Rows of a table: those that are read, not the table."""
+
+    def rule(arguments: Arguments, out: Tensor) -> Traffic:
+        return Traffic(num_bytes([out, *tensors_in(arguments[indices])]), num_bytes([out]), 0)
+
+    return rule
+
+
+def _copy(arguments: Arguments, out: Tensor) -> Traffic:
+    return Traffic(num_bytes([arguments["src"]]), num_bytes([out]), 0)
+
+
+TRAFFIC_OF_PYTORCH: dict[str, Rule] = {
+    "embedding": _gathered("indices"),
+    "index_select": _gathered("index"),
+    "index": _gathered("indices"),
+    "copy_": _copy,
+}
 TRAFFIC: dict[str, Rule] = {
     "npu_grouped_matmul": _grouped_matmul,
     "npu_grouped_matmul_add_": _grouped_matmul_add,
