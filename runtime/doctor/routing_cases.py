@@ -18,14 +18,14 @@ Choose = Callable[[Tensor, Tensor, RoutingRule], tuple[Tensor, Tensor]]
 
 
 def routing_cases() -> list[Case]:
-    """Of `choose_experts`, `sort_rows` and `combine_experts`."""
+    """Of `choose_experts`, `sort_rows`, `combine_experts` and `sum_rows`."""
     phases = ("decode", "prefill")
     found = [
         Case("choose_experts", phase, partial(_choose_experts, phase=phase), dtype=torch.float32) for phase in phases
     ]
     found += [Case("sort_rows", phase, partial(_sort_rows, phase=phase)) for phase in phases]
     found += [Case("combine_experts", phase, partial(_combine_experts, phase=phase)) for phase in phases]
-    return found
+    return [*found, Case("sum_rows", "training", _sum_rows)]
 
 
 def _choose_experts(shapes: Shapes, ops: Ops, source: Source, *, phase: str) -> Prepared:
@@ -74,6 +74,22 @@ def _sort_rows(shapes: Shapes, ops: Ops, source: Source, *, phase: str) -> Prepa
         moved_bytes=num_bytes(x_TH) * (1 + shapes.num_chosen) + 2 * num_bytes(keys_TK),
         workspace_bytes=16 * x_TH.numel() * shapes.num_chosen,
         is_copy=True,
+    )
+
+
+def _sum_rows(shapes: Shapes, ops: Ops, source: Source) -> Prepared:
+    """The rows of each token's experts, which were computed in another order."""
+    num_tokens = shapes.prefill_tokens
+    num_rows = num_tokens * shapes.num_chosen
+    places_TE = source.place(torch.randperm(num_rows, generator=source.host).view(num_tokens, -1))
+    y_MN = source.normal(num_rows, shapes.hidden)
+    return Prepared(
+        described(("y", y_MN.shape), ("places", places_TE.shape)),
+        run=lambda: (ops.sum_rows(y_MN, places_TE),),
+        reference=lambda exact: (reference.sum_rows(exact(y_MN), exact(places_TE)),),
+        moved_bytes=num_bytes(y_MN, places_TE) + num_bytes(y_MN) // shapes.num_chosen,
+        flops=y_MN.numel(),
+        workspace_bytes=16 * y_MN.numel(),
     )
 
 

@@ -107,6 +107,10 @@ class Ops(ABC):
         """
         return reference.combine_experts(y_MN, rows, weights_TE)
 
+    def sum_rows(self, y_MN: Tensor, places_TE: Tensor) -> Tensor:
+        """Each token's sum over E rows of `y`, [T, N], in float32 and rounded once."""
+        return reference.sum_rows(y_MN, places_TE)
+
     def rms_norm(self, x_TN: Tensor, weight_N: Tensor, eps: float) -> Tensor:
         """Root-mean-square norm over the last axis, computed in float32."""
         return reference.rms_norm(x_TN, weight_N, eps)

@@ -76,7 +76,7 @@ class CpuOps(Ops):
         counts = counts_G.tolist()
         num_groups = len(counts) - counts.count(0)
         are_many = x_MK.shape[0] > MAX_BAG_ROWS_PER_BASE_GROUP * num_groups
-        if _is_one_call(x_MK, weight_GJKW, counts):
+        if weight_GJKW.shape[1] == 1 and _is_one_call(x_MK, weight_GJKW, counts):
             return grouped_mm(x_MK, weight_GJKW[:, 0], offs=_ends(counts_G))
         if weight_GJKW.shape[1] == 1 and (are_many or not weight_GJKW.is_contiguous()):
             return _single_panel_matmul(x_MK, weight_GJKW[:, 0], counts)
@@ -101,12 +101,12 @@ class CpuOps(Ops):
         return PackedGroups.pack(weight_GNK) if _has_blocks(weight_GNK) else PlainGroups(weight_GNK, self)
 
     def grouped_outer(self, x_MK: Tensor, y_MN: Tensor, counts_G: Tensor) -> Tensor:
-        """See `Ops.grouped_outer`: in float32, whose kernels take any number of rows; wide results are faster."""
+        """See `Ops.grouped_outer`: wide results are faster; of 16 bits, sums are float32's and rounded once."""
         if x_MK.shape[1] > y_MN.shape[1]:
             return self.grouped_outer(y_MN, x_MK, counts_G).transpose(1, 2)
+        if _is_one_call(x_MK, y_MN, counts_G.tolist()):
+            return grouped_mm(x_MK.T, y_MN, offs=_ends(counts_G)).float()
         x_MK, y_MN = x_MK.float(), y_MN.float()
-        if x_MK.shape[1] % 4 == 0 and y_MN.shape[1] % 4 == 0:  # strides of whole 16 bytes
-            return grouped_mm(x_MK.T, y_MN, offs=_ends(counts_G))
         outer_GKN = x_MK.new_zeros(len(counts_G), x_MK.shape[1], y_MN.shape[1])
         start = 0
         for group, count in enumerate(counts_G.tolist()):
@@ -134,6 +134,10 @@ class CpuOps(Ops):
         for places_T, weights_T in zip(places_M.view_as(weights_TE).unbind(1), weights_TE.unbind(1), strict=True):
             sum_TN.addcmul_(y_MN.index_select(0, places_T).float(), weights_T[:, None])
         return sum_TN.to(y_MN.dtype)
+
+    def sum_rows(self, y_MN: Tensor, places_TE: Tensor) -> Tensor:
+        """See `Ops.sum_rows`: as bags of rows, which are summed in float32 in one pass."""
+        return embedding_bag(places_TE, y_MN, mode="sum") if len(y_MN) else super().sum_rows(y_MN, places_TE)
 
     def swiglu(self, x_T2N: Tensor) -> Tensor:
         """See `Ops.swiglu`: some rows at a time, so that what passes from step to step stays in the cache."""
@@ -191,16 +195,15 @@ class CpuOps(Ops):
         return out[0, ..., :num_value].transpose(0, 1), lse_HT[0].T
 
 
-def _is_one_call(x_MK: Tensor, weight_GJKW: Tensor, counts: list[int]) -> bool:
+def _is_one_call(x_MK: Tensor, other: Tensor, counts: list[int]) -> bool:
     """Whether PyTorch's own loop over the groups takes these, which holds no lock that other shares would wait for.
 
     It takes strides of whole 16 bytes; in 16 bits every number of rows would be another compiled kernel.
     """
-    if weight_GJKW.shape[1] != 1 or x_MK.dtype not in (torch.bfloat16, torch.float32):
+    if x_MK.dtype not in (torch.bfloat16, torch.float32) or any(count % WHOLE_GROUP_ROWS for count in counts):
         return False
-    is_whole = all(count % WHOLE_GROUP_ROWS == 0 for count in counts)
-    widths = (*weight_GJKW.shape[2:], *(stride for stride in x_MK.stride() if stride > 1))
-    return is_whole and all(width * x_MK.element_size() % 16 == 0 for width in widths)
+    widths = (*other.shape[-2:], *x_MK.stride()) if other.dim() > 2 else (*other.stride(), *x_MK.stride())
+    return all(width * x_MK.element_size() % 16 == 0 for width in widths if width > 1)
 
 
 def _ends(counts_G: Tensor) -> Tensor:

@@ -55,6 +55,15 @@ def combine_experts(y_MN: Tensor, rows: SortedRows, weights_TE: Tensor) -> Tenso
     return (unsorted_MN.view(*weights_TE.shape, -1).float() * weights_TE[..., None]).sum(1).to(y_MN.dtype)
 
 
+def sum_rows(y_MN: Tensor, places_TE: Tensor) -> Tensor:
+    """Reference of `Ops.sum_rows`, one row of each token after the other, so that not all are there in float32."""
+    first_T, *rest = places_TE.unbind(1)
+    sum_TN = y_MN.index_select(0, first_T).float()
+    for places_T in rest:
+        sum_TN += y_MN.index_select(0, places_T)
+    return sum_TN.to(y_MN.dtype)
+
+
 def rms_norm(x_TN: Tensor, weight_N: Tensor, eps: float) -> Tensor:
     """Reference of `Ops.rms_norm`, rounded to the input's dtype once, after the weight, as in DeepSeek's own code."""
     return torch.nn.functional.rms_norm(x_TN, weight_N.shape, weight_N, eps)

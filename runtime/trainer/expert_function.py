@@ -175,14 +175,13 @@ class _RoutedExperts(torch.autograd.Function):
         results = base.ops.side_by_side(tasks)
         kept = [tensor for _, part in results for tensor in (part.gate_up, part.shrunk13, part.shrunk2)]
         ctx.save_for_backward(x_TH, gates_M, *tensors, *kept)
-        ctx.base, ctx.factors, ctx.rows = base, factors, rows
-        return _sum_of_places(results[0][0] if whole_MH is None else whole_MH, rows)
+        ctx.parts, ctx.ops, ctx.rows = parts, base.ops, rows
+        return _sum_of_places(results[0][0] if whole_MH is None else whole_MH, rows, base.ops)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x_TH, gates_M, a13, b13, a2, b2, *flat = ctx.saved_tensors
-        tensors = (a13, b13, a2, b2)
-        parts = _parts(x_TH, gates_M, tensors, ctx.base, ctx.factors, ctx.rows)
+        parts, tensors = ctx.parts, (a13, b13, a2, b2)
         kept = [_Kept(*flat[3 * index : 3 * index + 3]) for index in range(len(parts))]
         wants_x = ctx.needs_input_grad[0]
         whole = _empty_gradients(x_TH, len(gates_M), tensors, wants_x=wants_x) if len(parts) > 1 else None
@@ -190,9 +189,9 @@ class _RoutedExperts(torch.autograd.Function):
             partial(_backward_part, x_TH, grads[0], part, own, whole, wants_x=wants_x)
             for part, own in zip(parts, kept, strict=True)
         ]
-        results = ctx.base.ops.side_by_side(tasks)
+        results = ctx.ops.side_by_side(tasks)
         found = results[0] if whole is None else whole
-        grad_x_TH = None if found.x is None else _sum_of_places(found.x, ctx.rows)
+        grad_x_TH = None if found.x is None else _sum_of_places(found.x, ctx.rows, ctx.ops)
         return grad_x_TH, found.gates.to(gates_M.dtype), *found.factors, None, None, None
 
 
@@ -289,12 +288,8 @@ def _transposed(weight_GNK: Tensor) -> Tensor:
     return weight_GNK.transpose(1, 2)[:, None]
 
 
-def _sum_of_places(y_MH: Tensor, rows: ExpertRows) -> Tensor:
+def _sum_of_places(y_MH: Tensor, rows: ExpertRows, ops: Ops) -> Tensor:
     """Each input row's sum over its routed rows, in float32; place M adds nothing."""
     if rows.has_absent:
         y_MH = torch.cat((y_MH, y_MH.new_zeros(1, y_MH.shape[1])))
-    first_T, *rest = rows.places_TK.unbind(1)
-    sum_TH = y_MH.index_select(0, first_T).float()
-    for places_T in rest:
-        sum_TH += y_MH.index_select(0, places_T)
-    return sum_TH.to(y_MH.dtype)
+    return ops.sum_rows(y_MH, rows.places_TK)

@@ -128,3 +128,14 @@ def test_attention_and_its_gradients_equal_plain_causal_attention(
     found = torch.autograd.grad(seen, leaves, grad)
     for ours, truth in zip(found, torch.autograd.grad(expected, exact, grad.double()), strict=True):
         _close(ours, truth.float(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_sums_its_rows_in_float32(dtype: torch.dtype) -> None:
+    y_MN, places_TE = torch.randn(40, 24).to(dtype), torch.randperm(40)[:36].view(9, 4)
+    expected = y_MN[places_TE].double().sum(1)
+    for ops in (CpuOps(), CudaOps()):
+        found = ops.sum_rows(y_MN, places_TE)
+        assert found.dtype is dtype
+        assert (found.double() - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
+    assert CpuOps().sum_rows(y_MN[:0], places_TE[:0]).shape == (0, 24)
