@@ -45,6 +45,9 @@ GROUPED_FAULTS = {
     "list of one count": (lambda: grouped(X, W[:1], counts(8)), "must have more than one group"),
     "no group list": (lambda: grouped(X, W, None), "without a group list|group_type 0 needs it"),
     "more rows than there are": (lambda: grouped(X, W, counts(5, 4)), "sum of group_list = 9, but x has 8 rows"),
+    "no rows at all": (lambda: grouped(X[:0], W, counts(0, 0)), "rows of x = 0"),
+    "no rows, split over them": (
+        lambda: grouped(X[:0].t(), torch.randn(0, 4), counts(0, 0), group_type=2, split_item=3), "rows of x = 0"),
     "negative count": (lambda: grouped(X, W, counts(9, -1)), "counts must not be negative"),
     "cumulative list that falls": (lambda: grouped(X, W, counts(5, 3), group_list_type=0), "must not decrease"),
     "sparse group list": (lambda: grouped(X, W, C, group_list_type=2), "group_list_type = 2"),
