@@ -157,7 +157,8 @@ def test_what_waits_is_found(wait: str) -> None:
     x = torch.arange(4)
     waits = {
         "item": lambda: x[1].item(), "tolist": lambda: x.tolist(), "bool index": lambda: x[x > 1],
-        "cpu": lambda: x.cpu(), "nonzero": lambda: x.nonzero(), "bincount": lambda: torch.bincount(x), "unique": lambda: x.unique(),
+        "nonzero": lambda: x.nonzero(), "bincount": lambda: torch.bincount(x), "unique": lambda: x.unique(),
+        "cpu": lambda: x.cpu(),
     }  # fmt: skip
     with pytest.raises(WaitsForDevice), no_waiting():
         waits[wait]()
