@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.ops import reference, reference_routing
+from runtime.ops import reference, reference_routing, told
 from runtime.ops.latent_cache import DecodeContext, LatentCache
 from runtime.ops.lora_rows import LoraRows
-from runtime.ops.npu import told
 from runtime.ops.npu.ops import NpuOps
 from runtime.ops.rotation import Rotation
 from runtime.ops.routing import RoutingRule

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from runtime.ops import reference
 from runtime.ops.npu.masks import compressed_causal_mask
-from runtime.ops.npu.told import tell_once
+from runtime.ops.told import tell_once
 
 MAX_WIDTH = 768
 _LEFT_UPPER_CAUSAL = 2  # of `sparse_mode`
