@@ -24,8 +24,8 @@ from runtime.doctor.shapes import REDUCTION
 from runtime.doctor.training import TRAINING, check_training
 from runtime.ops.base import Ops, make_ops
 from runtime.ops.device_info import device_names
-from runtime.ops.npu.told import replaced
 from runtime.ops.platform import open_device
+from runtime.ops.told import replaced
 
 # What one check may take on a CPU, so that the whole stays below 8 GiB.
 CPU_CHECK_BYTES = 6 * 2**30

@@ -17,7 +17,7 @@ from runtime.doctor.case import BOUNDS, Exact, Prepared, Results, Source
 from runtime.doctor.cases import Check
 from runtime.ops.base import Ops
 from runtime.ops.device_info import memory_bytes, release_memory, synchronise
-from runtime.ops.npu.told import replaced
+from runtime.ops.told import replaced
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 MAX_ERROR_TEXT = 600

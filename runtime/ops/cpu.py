@@ -86,6 +86,9 @@ class CpuOps(Ops):
 
     def grouped_matmul_add_(self, y_MN: Tensor, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> None:
         """See `Ops.grouped_matmul_add_`."""
+        if weight_GJKW.shape[1] != 1:
+            super().grouped_matmul_add_(y_MN, x_MK, weight_GJKW, counts_G)
+            return
         counts = counts_G.tolist()
         if _is_one_call(x_MK, weight_GJKW, counts):
             y_MN += grouped_mm(x_MK, weight_GJKW[:, 0], offs=_ends(counts_G))

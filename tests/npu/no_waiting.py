@@ -49,7 +49,7 @@ def _has_bool_index(args: Sequence[Any]) -> bool:
 
 @contextmanager
 def no_waiting() -> Iterator[_NoWaiting]:
-    """Refuse operations that wait for the device, `tolist` and `numpy` among them; counts what it saw."""
+    """Refuse operations that wait for the device, `tolist`, `numpy` and `cpu` among them; counts what it saw."""
     mode = _NoWaiting()
 
     def refuse(name: str) -> Any:
@@ -62,5 +62,5 @@ def no_waiting() -> Iterator[_NoWaiting]:
 
         return patch.object(Tensor, name, checked)
 
-    with refuse("tolist"), refuse("numpy"), mode:
+    with refuse("tolist"), refuse("numpy"), refuse("cpu"), mode:
         yield mode

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.ops import reference, reference_routing
+from runtime.ops import reference, reference_routing, told
 from runtime.ops.latent_cache import DecodeContext, LatentCache
 from runtime.ops.lora_rows import LoraRows
-from runtime.ops.npu import told
 from runtime.ops.npu.ops import NpuOps
 from runtime.ops.rotation import Rotation
 from runtime.ops.routing import RoutingRule
@@ -202,8 +201,10 @@ def test_norms_and_the_activation(dtype: torch.dtype) -> None:
     ):
         _close(seen, expected, dtype)
     _close(OPS.swiglu(x), reference.swiglu(x.float()), dtype)
-    grad = torch.randn(9, 32).to(dtype)
-    _close(OPS.swiglu_backward(x, grad), reference.swiglu_backward(x.float(), grad.float()), dtype)
+    grad, before = torch.randn(9, 32).to(dtype), bench.calls["npu_swiglu"]
+    seen = OPS.swiglu_backward(x, grad)
+    assert bench.calls["npu_swiglu_backward"] == 1 and bench.calls["npu_swiglu"] == before
+    _close(seen, reference.swiglu_backward(x.float(), grad.float()), dtype)
 
 
 @with_dtypes

@@ -151,13 +151,14 @@ def test_no_step_waits_for_the_device(base: TinyBase, adapters: list[Path], dtyp
     assert len(seen) == 8 and min(seen) > 0
 
 
-@pytest.mark.parametrize("wait", ["item", "tolist", "bool index", "nonzero", "bincount", "unique"])
+@pytest.mark.parametrize("wait", ["item", "tolist", "cpu", "bool index", "nonzero", "bincount", "unique"])
 def test_what_waits_is_found(wait: str) -> None:
     """Guards the test above."""
     x = torch.arange(4)
     waits = {
         "item": lambda: x[1].item(), "tolist": lambda: x.tolist(), "bool index": lambda: x[x > 1],
         "nonzero": lambda: x.nonzero(), "bincount": lambda: torch.bincount(x), "unique": lambda: x.unique(),
+        "cpu": lambda: x.cpu(),
     }  # fmt: skip
     with pytest.raises(WaitsForDevice), no_waiting():
         waits[wait]()

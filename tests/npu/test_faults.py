@@ -45,6 +45,9 @@ GROUPED_FAULTS = {
     "list of one count": (lambda: grouped(X, W[:1], counts(8)), "must have more than one group"),
     "no group list": (lambda: grouped(X, W, None), "without a group list|group_type 0 needs it"),
     "more rows than there are": (lambda: grouped(X, W, counts(5, 4)), "sum of group_list = 9, but x has 8 rows"),
+    "no rows at all": (lambda: grouped(X[:0], W, counts(0, 0)), "rows of x = 0"),
+    "no rows, split over them": (
+        lambda: grouped(X[:0].t(), torch.randn(0, 4), counts(0, 0), group_type=2, split_item=3), "rows of x = 0"),
     "negative count": (lambda: grouped(X, W, counts(9, -1)), "counts must not be negative"),
     "cumulative list that falls": (lambda: grouped(X, W, counts(5, 3), group_list_type=0), "must not decrease"),
     "sparse group list": (lambda: grouped(X, W, C, group_list_type=2), "group_list_type = 2"),
@@ -159,12 +162,20 @@ def rope(width: int = 64, cos: Tensor | None = None, x: Tensor | None = None) ->
     return torch_npu.npu_interleave_rope(half(1, 2, 3, width) if x is None else x, cos, cos)
 
 
+def turn(shape: tuple[int, ...], angles: tuple[int, ...], mode: str = "half") -> object:
+    return torch_npu.npu_rotary_mul(half(*shape), half(*angles), half(*angles), mode)
+
+
 ROPE_FAULTS = {
     "rope width of 32": (lambda: rope(32), "D = 32, but it must be 64"),
     "float32 rope": (lambda: rope(x=torch.randn(1, 2, 3, 64)), "x.dtype = torch.float32"),
     "float32 angles": (lambda: rope(cos=torch.randn(1, 1, 3, 64)), "cos.dtype = torch.float32"),
     "angles of half the width": (lambda: rope(cos=half(1, 1, 3, 32)), "cos.shape"),
     "a view of wider rows": (lambda: rope(x=half(1, 2, 3, 192)[..., 128:]), r"x.stride\(\)"),
+    "1,000 documents": (lambda: turn((1000, 2, 3, 64), (1, 1, 3, 64)), r"B, N = \[\(1000, 2\)\], but it must"),
+    "500 documents of two heads in pairs": (lambda: turn((500, 2, 3, 64), (1, 1, 3, 64), "interleave"), "B N = "),
+    "angles of each document in pairs": (lambda: turn((5, 2, 3, 64), (5, 1, 3, 64), "interleave"), "B N = "),
+    "angles of each head": (lambda: turn((5, 2, 3, 64), (1, 2, 3, 64)), "B, N = "),
     "gradient through npu_interleave_rope": (lambda: rope(x=half(1, 2, 3, 64).requires_grad_()), "no derivative"),
     "a repeated slot": (lambda: write([3, 3]), "a slot must not be repeated"),
     "a slot past the cache": (lambda: write([3, 32]), "slots lie in 0..31"),

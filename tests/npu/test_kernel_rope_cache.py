@@ -39,7 +39,7 @@ def test_interleave_rope_turns_pairs_and_writes_halves(dtype: torch.dtype, posit
 
 def test_rotary_mul_keeps_the_layout_in_both_modes() -> None:
     torch.manual_seed(0)
-    x, angle = torch.randn(2, 3, 5, 64), angles(2, 1, 5)
+    x, angle = torch.randn(2, 3, 5, 64), angles(1, 1, 5)
     by_halves = turned(x, angle)
     in_halves = torch.cat((x[..., ::2], x[..., 1::2]), -1)
     out = run_as_meta_says("npu_rotary_mul", in_halves, *cos_sin(angle, torch.float32))

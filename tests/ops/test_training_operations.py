@@ -70,6 +70,17 @@ def test_a_grouped_product_is_added_in_place(
     _close(seen, expected, dtype)
 
 
+@with_dtypes
+@with_counts
+def test_a_product_of_several_panels_is_added_to_all_columns(dtype: torch.dtype, counts: list[int]) -> None:
+    torch.manual_seed(1)
+    x, start = torch.randn(sum(counts), 16).to(dtype), torch.randn(sum(counts), 24).to(dtype)
+    panels = (torch.randn(len(counts), 3, 16, 8) / 4).to(dtype)
+    seen = start.clone()
+    CpuOps().grouped_matmul_add_(seen, x, panels, torch.tensor(counts))
+    _close(seen, start.float() + reference.grouped_matmul(x.float(), panels.float(), torch.tensor(counts)), dtype)
+
+
 @with_back_ends
 @with_dtypes
 @with_counts

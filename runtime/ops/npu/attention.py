@@ -13,8 +13,8 @@ from runtime.ops import reference
 from runtime.ops.latent_cache import DecodeContext, LatentCache
 from runtime.ops.npu.masks import compressed_causal_mask
 from runtime.ops.npu.norms import rms_norm
-from runtime.ops.npu.told import tell_once
 from runtime.ops.rotation import Rotation
+from runtime.ops.told import tell_once
 
 NUM_LATENT, NUM_ROPE, HEAD_WIDTH = 512, 64, 128
 DECODE_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)

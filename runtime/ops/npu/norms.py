@@ -6,7 +6,7 @@ import torch_npu
 from torch import Tensor
 
 from runtime.ops import reference
-from runtime.ops.npu.told import tell_once
+from runtime.ops.told import tell_once
 
 
 def rms_norm(x_TN: Tensor, weight_N: Tensor, eps: float) -> Tensor:

@@ -7,8 +7,8 @@ import torch_npu
 from torch import Tensor
 
 from runtime.ops import reference_routing
-from runtime.ops.npu.told import tell_once
 from runtime.ops.routing import RoutingRule, SortedRows
+from runtime.ops.told import tell_once
 
 MAX_EXPERTS = 2048
 GROUP_ALIGNMENT = 32

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import torch_npu
 from torch import Tensor
 from torch.nn.functional import pad
 
 from runtime.ops import reference
 from runtime.ops.npu.masks import compressed_causal_mask
-from runtime.ops.npu.told import tell_once
+from runtime.ops.told import tell_once
 
 MAX_WIDTH = 768
 _LEFT_UPPER_CAUSAL = 2  # of `sparse_mode`
@@ -37,10 +36,8 @@ def attention(query_DHLX: Tensor, key_DHLX: Tensor, value_DHLV: Tensor, scale: f
 
 
 def swiglu_backward(x_T2N: Tensor, grad_TN: Tensor) -> Tensor:
-    """`Ops.swiglu_backward`: the operator's own derivative, at the cost of its forward product once more."""
-    with torch.enable_grad():
-        leaf = x_T2N.detach().requires_grad_()
-        (grad_T2N,) = torch.autograd.grad(torch_npu.npu_swiglu(leaf, dim=-1), leaf, grad_TN)
+    """`Ops.swiglu_backward`, by the operator that is `npu_swiglu`'s own derivative."""
+    grad_T2N: Tensor = torch_npu.npu_swiglu_backward(grad_TN, x_T2N, dim=-1)
     return grad_T2N
 
 

@@ -157,6 +157,8 @@ def _split_over_m(
 ) -> Tensor:
     require_rank(GMM, "x", x_MK, 2)
     require_contiguous(GMM, "x", x_MK)
+    # No document says what a product of no rows does.
+    require(x_MK.shape[0] > 0, GMM, "rows of x", 0, "there must be one or more")
     require_inner_axis(GMM, "x", x_MK.shape[1])
     stacked = len(weight) == 1
     if stacked:
@@ -191,6 +193,7 @@ def _split_over_k(x_KM: Tensor, dy_MN: Tensor, group_list: Tensor, group_list_ty
     require(dy_MN.is_contiguous(), GMM, "weight.stride()", dy_MN.stride(), "group_type 2 must not have it transposed")
     require(x_KM.shape[1] == dy_MN.shape[0], GMM, "weight.shape", list(dy_MN.shape),
             f"x is {list(x_KM.shape)}: the inner sizes differ")
+    require(x_KM.shape[1] > 0, GMM, "rows of x", 0, "there must be one or more")
     for argument, size in (("x", x_KM.shape[1]), ("x in memory", x_KM.shape[0]), ("weight", dy_MN.shape[1])):
         require_inner_axis(GMM, argument, size)
     counts = counts_of(GMM, group_list, group_list_type, len(group_list), x_KM.shape[1])
@@ -237,6 +240,7 @@ def grouped_matmul_add_(
     require_rank(ADD, "x", x, 2)
     require_rank(ADD, "weight", weight, 2)
     require(x.shape[0] == weight.shape[0], ADD, "weight.shape", list(weight.shape), f"x is {list(x.shape)}")
+    require(x.shape[0] > 0, ADD, "rows of x", 0, "there must be one or more")
     require_shape(ADD, "input", input, [len(group_list), x.shape[1], weight.shape[1]])
     counts = counts_of(ADD, group_list, group_list_type, len(group_list), x.shape[0])
     for group, rows in _rows_of(counts):

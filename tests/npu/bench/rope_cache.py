@@ -31,6 +31,7 @@ GATHER = "npu_gather_pa_kv_cache"
 NUM_ROPE = 64
 NUM_LATENT = 512
 MAX_ROTARY_WIDTH = 896
+MAX_ROTARY_ROWS = 1000
 
 
 def _rotate_half(x: Tensor) -> Tensor:
@@ -80,7 +81,11 @@ def _rotary_formula(
 def rotary_mul(
     input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Tensor | None = None
 ) -> Tensor:
-    """input r1 + rotated(input) r2, the layout kept: halves or pairs are turned; all 4-D, r1 and r2 broadcast."""
+    """input r1 + rotated(input) r2, the layout kept: halves or pairs are turned; all 4-D, r1 and r2 broadcast.
+
+    The layout follows from the axes that r1 has. Fewer than 1,000 B and N are possible; in pairs mode fewer than
+    1,000 B N, and the same r1 for all B.
+    """
     refuse_unmodelled(ROTARY, rotate=rotate)
     require_one_of(ROTARY, "rotary_mode", rotary_mode, ("half", "interleave"))
     require_dtype(ROTARY, "input", input, FLOATS)
@@ -95,7 +100,23 @@ def rotary_mul(
         require(fits and tensor.shape[3] == width, ROTARY, f"{name}.shape", list(tensor.shape),
                 f"it must broadcast over input {list(input.shape)}")
     require_shape(ROTARY, "r2", r2, r1.shape)
+    _require_rotary_layout(input, r1, rotary_mode)
     return _rotary_formula(input, r1, r2, rotary_mode)
+
+
+def _require_rotary_layout(input: Tensor, r1: Tensor, rotary_mode: str) -> None:
+    """Read as BNSD, BSND or SBND with the positions on S and one r1 for all N, the other two axes must be short."""
+    is_half = rotary_mode == "half"
+    if r1.shape == input.shape and is_half:
+        return
+    sizes = [
+        (input.shape[b], input.shape[n])
+        for b, n, s in ((0, 1, 2), (0, 2, 1), (1, 2, 0))
+        if r1.shape[n] == 1 and r1.shape[s] == input.shape[s] and (is_half or r1.shape[b] == 1)
+    ]
+    limited = [max(b, n) if is_half else b * n for b, n in sizes]
+    require(min(limited, default=MAX_ROTARY_ROWS) < MAX_ROTARY_ROWS, ROTARY, "B, N" if is_half else "B N", sizes,
+            f"it must be < {MAX_ROTARY_ROWS}; r1 has the shape {list(r1.shape)}")
 
 
 @kernel(CACHE)
