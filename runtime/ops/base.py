@@ -29,11 +29,15 @@ class Ops(ABC):
     """Operations of one device. What a back-end does not override runs as the reference does.
 
     `lora_rank_multiple`: ranks of grouped products must be multiples of it; whoever calls them pads with zeros.
+    `max_block_numbers`: bound on the numbers of one block of a prefill, which is as many keys and values as it expands,
+    or, where the back-end `holds_scores`, the scores if those are more.
     `routed_row_multiple`: training fills each expert's rows up to a multiple of it.
     `lora_a_rows_first`: A is best stored as [P, R, K], of which `lora_add_` is given the transposed view.
     """
 
     lora_rank_multiple = 1
+    max_block_numbers = 2**23
+    holds_scores = True
     lora_a_rows_first = False
     routed_row_multiple = 1
 
@@ -77,7 +81,10 @@ class Ops(ABC):
 
     @abstractmethod
     def grouped_outer(self, x_MK: Tensor, y_MN: Tensor, counts_G: Tensor) -> Tensor:
-        """The grouped product along the rows, float32 [G, K, N]: each group's x^T y, zeros for a group without rows."""
+        """The grouped product along the rows, float32 [G, K, N]: each group's x^T y, zeros for a group without rows.
+
+        Sums are float32's; of 16-bit operands a device may round them to 16 bits once.
+        """
 
     @abstractmethod
     def lora_add_(self, y_MN: Tensor, x_MK: Tensor, a_PKR: Tensor, bs_PRN: Sequence[Tensor], lora: LoraRows) -> None:
@@ -103,7 +110,7 @@ class Ops(ABC):
         """Each token's weighted sum over its E choices' rows, [T, N], summed in float32 in the order of its choice.
 
         Row m of `y` belongs to sorted row m of `rows`, so a token's sum does not depend on how its neighbours' rows
-        were sorted. `weights_TE` are float32.
+        were sorted. `weights_TE` are float32; an operator may want them in the rows' dtype.
         """
         return reference.combine_experts(y_MN, rows, weights_TE)
 

@@ -22,8 +22,7 @@ from runtime.ops.latent_cache import LatentCache
 from runtime.ops.reference import merge_blocks
 from runtime.ops.rotation import Rotation
 
-# Bound on the numbers of one block of a prefill: its scores, and the keys and values that it expands.
-MAX_BLOCK_NUMBERS = 2**23
+MIN_BLOCK_KEYS = 64
 # The norms inside attention have this eps in DeepSeek's code, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
 
@@ -133,8 +132,10 @@ class MultiHeadLatentAttention(nn.Module):
         """A chunk of one sequence over its context, block by block of keys, then over itself: memory is bounded."""
         num_queries = span.stop - span.start
         num_context = len(span.slots_L) - num_queries
-        width = max(num_queries, self.nope + self.rope + self.value)
-        block = max(64, MAX_BLOCK_NUMBERS // (self.num_heads * width))
+        width = self.nope + self.rope + self.value
+        if self.ops.holds_scores:
+            width = max(num_queries, width)
+        block = max(MIN_BLOCK_KEYS, self.ops.max_block_numbers // (self.num_heads * width))
         edges = [*range(0, num_context, block), num_context]
 
         def attend(start: int, stop: int, *, causal: bool) -> tuple[Tensor, Tensor]:
