@@ -15,7 +15,9 @@ import torch
 from loaders.adapter import load_adapter
 from runtime.adapters.host_adapter import to_host_adapter
 from runtime.adapters.info import AdapterInfo, AdapterState
-from runtime.adapters.store import AdapterStore, StoreLimits, _printable
+from runtime.adapters.reader import printable
+from runtime.adapters.store import AdapterStore, StoreLimits
+from runtime.engine.messages import CallId, LoadAdapter, UnloadAdapter
 from runtime.errors import AlreadyExists, Conflict, Exhausted, GraftError, NotFound, Precondition
 from runtime.models.deepseek.config import DeepseekConfig
 from tests.oracle.adapters import AdapterRecipe, write_adapter
@@ -51,7 +53,10 @@ class _Store:
         self.replies: list[AdapterInfo | GraftError] = []
 
     def start(self, name: str, path: Path, digest: str = "") -> None:
-        self.store.load(name, str(path), digest, self.replies.append)
+        self.store.load(LoadAdapter(CallId(1), name, str(path), digest), self.replies.append)
+
+    def unload(self, name: str) -> None:
+        self.store.unload(UnloadAdapter(CallId(1), name), self.replies.append)
 
     def wait(self, count: int = 1) -> list[AdapterInfo | GraftError]:
         """The next `count` replies."""
@@ -129,18 +134,28 @@ def test_a_failed_load_leaves_no_trace(make: Callable[..., _Store], files: dict[
     assert isinstance(store.load("broken", files["two"]), AdapterInfo)
 
 
-def test_memory_and_slots_are_bounded_with_the_numbers_in_the_message(
+def test_an_adapter_that_the_device_cannot_hold_even_alone_is_refused_with_the_numbers(
     make: Callable[..., _Store], files: dict[str, Path]
 ) -> None:
     one = make().load("one", files["one"])
     assert isinstance(one, AdapterInfo)
-    by_bytes = make(max_bytes=int(1.5 * one.device_bytes))
-    assert isinstance(by_bytes.load("one", files["one"]), AdapterInfo)
-    full = by_bytes.load("two", files["two"])
-    assert isinstance(full, Exhausted) and str(one.device_bytes) in full.message
-    by_slots = make(max_adapters=1)
-    by_slots.load("one", files["one"])
-    assert isinstance(by_slots.load("two", files["two"]), Exhausted)
+    limit = one.device_bytes - 1
+    full = make(max_bytes=limit).load("one", files["one"])
+    assert isinstance(full, Exhausted)
+    assert str(one.device_bytes) in full.message and str(limit) in full.message
+
+
+def test_what_the_device_has_no_place_for_is_ready_in_host_memory(
+    make: Callable[..., _Store], files: dict[str, Path]
+) -> None:
+    one = make().load("one", files["one"])
+    assert isinstance(one, AdapterInfo)
+    for store in (make(max_bytes=int(1.5 * one.device_bytes)), make(max_adapters=1)):
+        store.load("one", files["one"])
+        second = store.load("two", files["two"])
+        assert isinstance(second, AdapterInfo)
+        assert (second.state, second.slot, second.device_bytes) == (AdapterState.READY, -1, 0)
+        assert second.host_bytes == one.device_bytes == store.store.pages.num_bytes
 
 
 def test_an_adapter_in_use_drains_and_its_memory_comes_back_with_the_last_request(
@@ -150,7 +165,7 @@ def test_an_adapter_in_use_drains_and_its_memory_comes_back_with_the_last_reques
     store.load("one", files["one"])
     empty_bytes = 0
     record = store.store.acquire("one")
-    store.store.unload("one", store.replies.append)
+    store.unload("one")
     assert store.store.info("one").state == AdapterState.DRAINING and not store.replies
     with pytest.raises(NotFound):
         store.store.acquire("one")
@@ -208,7 +223,7 @@ def test_a_repeated_load_of_a_name_that_is_unloaded_meanwhile_is_told_to_try_aga
     store.load("one", files["one"])
     record = store.store.acquire("one")
     store.start("one", files["one"])
-    store.store.unload("one", lambda reply: None)
+    store.unload("one")
     assert isinstance(store.wait()[0], Conflict)
     store.store.release(record)
     assert not store.store.infos()
@@ -224,10 +239,10 @@ def test_names_that_are_no_text_and_thousands_of_problems_are_told_in_bounds(
     assert isinstance(refused, Precondition) and refused.problems
     json.dumps(refused.problems).encode()
     "".join([refused.message, *refused.problems]).encode("utf-8")
-    assert len(_printable(["x"] * 10_000)) == 101
+    assert len(printable(["x"] * 10_000)) == 101
 
 
 def test_unloading_what_is_not_there_is_not_found(make: Callable[..., _Store]) -> None:
     store = make()
-    store.store.unload("ghost", store.replies.append)
+    store.unload("ghost")
     assert isinstance(store.wait()[0], NotFound)

@@ -1,0 +1,163 @@
+"""Adapters on their way between disk, host memory and the device, as requests need them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from runtime.adapters.device_tier import DeviceTier
+from runtime.adapters.host_tier import HostTier
+from runtime.adapters.info import AdapterState
+from runtime.adapters.reader import AdapterReader, ReadAdapter
+from runtime.adapters.record import AdapterRecord
+from runtime.errors import Exhausted, GraftError, Precondition
+
+logger = logging.getLogger(__name__)
+
+# After a failed read, requests are told so for this long before the files are read again.
+RETRY_SECONDS = 5.0
+
+OnSeated = Callable[[GraftError | None], None]
+
+
+class AdapterMemory:
+    """The tiers and the reader. `failures` are adapters that could not be brought, for the requests that wait."""
+
+    def __init__(
+        self, reader: AdapterReader, host: HostTier, device: DeviceTier, on_change: Callable[[AdapterRecord], None]
+    ) -> None:
+        self.reader = reader
+        self.host = host
+        self.device = device
+        self.failures: list[tuple[AdapterRecord, GraftError]] = []
+        self._on_change = on_change
+        self._reading: set[AdapterRecord] = set()
+        self._on_seated: dict[AdapterRecord, OnSeated] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `advance` would do anything."""
+        return self.device.is_installing or self.reader.has_news or self.device.can_seat
+
+    def bring(self, record: AdapterRecord) -> None:
+        """A request or a pin needs an adapter on the device: read it if need be, and queue for a place."""
+        if self.device.holds(record):
+            return
+        if record.host is not None:
+            self.device.want(record)
+        elif record not in self._reading:
+            self._reading.add(record)
+            if record.state is AdapterState.REGISTERED:
+                record.state = AdapterState.LOADING
+                self._on_change(record)
+            self.reader.read(record.name, record.path, record.digest, partial(self._brought, record))
+
+    def keep(self, record: AdapterRecord, read: ReadAdapter) -> None:
+        """Take what was read into host memory; raises Exhausted if it cannot have room there or on the device."""
+        self.check_size(record, read)
+        record.digest, record.facts, record.load_seconds = read.digest, read.facts, read.seconds
+        for victim in self.host.admit(record, read.host):
+            self._on_change(victim)
+
+    def check_size(self, record: AdapterRecord, read: ReadAdapter) -> None:
+        """Raise Exhausted if it could not be on the device even alone."""
+        limit = self.device.max_bytes
+        if read.host.num_bytes > limit:
+            message = (
+                f"adapter {record.name!r} takes {read.host.num_bytes} bytes on the device, more than the {limit} that "
+                "all adapters may take: raise --adapter-memory-gib"
+            )
+            raise Exhausted(message, reason="ADAPTER_MEMORY_FULL")
+
+    def seat(self, record: AdapterRecord, on_seated: OnSeated, *, evict: bool) -> bool:
+        """Begin to copy to the device; `on_seated` is called when that is done or has failed. False: no place now."""
+        if not self.device.seat(record, evict=evict):
+            return False
+        self._on_seated[record] = on_seated
+        return True
+
+    def advance(self, *, whole: bool) -> None:
+        """Between two steps: take finished reads, give out places, copy one layer (all of them if `whole`)."""
+        self.reader.deliver()
+        self.device.seat_wanted()
+        while self.device.is_installing:
+            finished = self.device.advance()
+            if finished is not None:
+                self._seated(*finished)
+            elif not whole:
+                return
+
+    def release(self, record: AdapterRecord) -> None:
+        """No request holds it any more, so it needs no place."""
+        if not record.pinned:
+            self.device.unwant(record)
+
+    def drop(self, record: AdapterRecord) -> tuple[int, int]:
+        """Free everything; returns how many bytes came back in host memory and on the device."""
+        self._on_seated.pop(record, None)
+        on_device = self.device.remove(record)
+        return self.host.remove(record), on_device
+
+    def left_device(self, record: AdapterRecord) -> None:
+        """Called for what was evicted: requests that wait for it queue again."""
+        if record.host is None and record.state is AdapterState.READY:
+            record.state = AdapterState.REGISTERED
+        if record.references:
+            self.bring(record)
+
+    def _brought(self, record: AdapterRecord, read: ReadAdapter | GraftError) -> None:
+        self._reading.discard(record)
+        if record.state is AdapterState.UNLOADED:
+            return
+        try:
+            if isinstance(read, GraftError):
+                raise _changed(record, read)
+            if record.host is None:
+                self.keep(record, read)
+        except GraftError as error:
+            self._fail(record, error)
+            return
+        if record.state is AdapterState.LOADING:
+            record.state = AdapterState.READY
+        record.error = None
+        if record.references or record.pinned:
+            self.bring(record)
+        self._on_change(record)
+
+    def _fail(self, record: AdapterRecord, error: GraftError) -> None:
+        if record.state is AdapterState.LOADING:
+            record.state = AdapterState.REGISTERED
+        record.error, record.retry_at = error, time.monotonic() + RETRY_SECONDS
+        self.failures.append((record, error))
+        self._on_change(record)
+
+    def _seated(self, record: AdapterRecord, error: Exception | None) -> None:
+        on_seated = self._on_seated.pop(record, None)
+        refusal = None
+        if error is not None:
+            if not _is_out_of_memory(error):
+                raise error
+            logger.error("adapter %r could not be copied to the device", record.label, exc_info=error)
+            message = f"the device has no room for adapter {record.name!r} ({record.facts.device_bytes} bytes)"
+            refusal = Exhausted(message, reason="DEVICE_MEMORY_FULL")
+        if on_seated is not None:
+            on_seated(refusal)
+        elif refusal is not None:
+            self.failures.append((record, refusal))
+
+
+def _changed(record: AdapterRecord, error: GraftError) -> GraftError:
+    """A generation stands for its bytes: when the files are others now, it cannot be read again."""
+    if error.reason != "DIGEST_MISMATCH":
+        return error
+    message = f"the files of adapter {record.label!r} are not those that were loaded: load it again with replace"
+    return Precondition(message, reason="ADAPTER_FILES_CHANGED")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """The CPU's allocator has no class of its own for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
