@@ -147,6 +147,7 @@ class EngineReady:
     kv_cache_tokens: int
     adapter_bytes_limit: int
     dtype: str = ""
+    adapter_host_bytes_limit: int = 0
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,8 @@ class TextGenerator:
         )
         num_generated = 0
         stream = self._client.add(request.prompt_ids, request.params, request.adapter, request.deadline)
-        timer = self._metrics.start_request(len(request.prompt_ids), request.adapter, request.arrived)
+        name = request.adapter and request.adapter.partition("@")[0]
+        timer = self._metrics.start_request(len(request.prompt_ids), name, request.arrived)
         try:
             call.attach(stream)
             while True:

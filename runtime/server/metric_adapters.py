@@ -12,6 +12,8 @@ from runtime.adapters.info import AdapterInfo, AdapterState
 from runtime.server.metric_series import MODEL_LABEL, OTHER, PREFIX
 
 BASE = ""
+LIVE = (AdapterState.READY, AdapterState.REGISTERED)
+GONE = (AdapterState.DRAINING, AdapterState.UNLOADED, AdapterState.FAILED)
 
 
 class AdapterSeries:
@@ -25,18 +27,22 @@ class AdapterSeries:
         self._max_lora = max_lora
         self._max_labels = max_labels
         self._clock = clock
-        self._loaded: set[str] = set()
+        self._loaded: dict[str, set[int]] = {}
         self._requests = {BASE: 0, OTHER: 0}
         self._waiting: Counter[str] = Counter()
         self._running: Counter[str] = Counter()
 
     def update(self, adapters: Iterable[AdapterInfo]) -> None:
-        """The engine has told of adapters: loaded ones may be named in labels."""
+        """The engine has told of adapters: those with a live generation may be named in labels."""
         for adapter in adapters:
-            if adapter.state != AdapterState.READY:
-                self._loaded.discard(adapter.name)
+            generations = self._loaded.setdefault(adapter.name, set())
+            if adapter.state in GONE:
+                generations.discard(adapter.generation)
+            elif adapter.state in LIVE:
+                generations.add(adapter.generation)
+            if not generations:
+                del self._loaded[adapter.name]
                 continue
-            self._loaded.add(adapter.name)
             if len(self._requests) - 2 < self._max_labels:
                 self._requests.setdefault(adapter.name, 0)
 
@@ -74,7 +80,7 @@ class AdapterSeries:
         yield requests
 
     def _names(self, calls: Counter[str]) -> str:
-        return ",".join(sorted(self._loaded & calls.keys()))
+        return ",".join(sorted(self._loaded.keys() & calls.keys()))
 
 
 def _decrease(calls: Counter[str], name: str) -> None:

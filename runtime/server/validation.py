@@ -10,7 +10,7 @@ from typing import Any
 from runtime.engine.sampling_params import SamplingParams
 from runtime.pb.fmaas import generation_pb2 as pb
 from runtime.server.guide_validation import validate_guide
-from runtime.server.limits import ADAPTER_ID, Limits
+from runtime.server.limits import ADAPTER_REFERENCE, Limits
 from runtime.server.refusal import invalid, require
 
 
@@ -92,8 +92,9 @@ def validate_adapter_id(adapter_id: str, prefix_id: str) -> str | None:
     """The adapter that a request names, None for the base."""
     if prefix_id:
         raise invalid("UNSUPPORTED_PARAMETER", "prefix_id", "prefix_id is not supported; use adapter_id")
-    if adapter_id and not ADAPTER_ID.fullmatch(adapter_id):
-        raise invalid("ADAPTER_ID_INVALID", "adapter_id", f"adapter_id must match {ADAPTER_ID.pattern}")
+    if adapter_id and not ADAPTER_REFERENCE.fullmatch(adapter_id):
+        message = f"adapter_id must match {ADAPTER_REFERENCE.pattern}: NAME or NAME@GENERATION"
+        raise invalid("ADAPTER_ID_INVALID", "adapter_id", message)
     return adapter_id or None
 
 

@@ -55,6 +55,36 @@ class AdapterServiceStub:
                 request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.WatchAdapters = channel.unary_stream(
+                '/graft.admin.v1.AdapterService/WatchAdapters',
+                request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
+                response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.FromString,
+                _registered_method=True)
+        self.PinAdapter = channel.unary_unary(
+                '/graft.admin.v1.AdapterService/PinAdapter',
+                request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.PinAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnpinAdapter = channel.unary_unary(
+                '/graft.admin.v1.AdapterService/UnpinAdapter',
+                request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
+                response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.FromString,
+                _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/graft.admin.v1.AdapterService/SetAlias',
+                request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.SetAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/graft.admin.v1.AdapterService/DeleteAlias',
+                request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
+        self.ListAliases = channel.unary_unary(
+                '/graft.admin.v1.AdapterService/ListAliases',
+                request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAliasesRequest.SerializeToString,
+                response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAliasesResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -70,7 +100,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Takes no new requests for an adapter and frees it when the running ones have ended.
+        """Takes no new requests for an adapter and frees it when the running ones have ended. Every generation of the name
+        that still drains is waited for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,6 +116,49 @@ class AdapterServiceServicer:
 
     def ListAdapters(self, request, context):
         """Tells everything about all adapters, in pages, and what they use together.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchAdapters(self, request, context):
+        """First all adapters, one in each message, then a message with `snapshot_complete`, then every change in order. A
+        watcher that falls behind loses the stream with RESOURCE_EXHAUSTED, reason WATCHER_TOO_SLOW, and may watch again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinAdapter(self, request, context):
+        """Keeps an adapter on the device, whatever others need.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinAdapter(self, request, context):
+        """Lets a pinned adapter leave the device again when others need its place.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAlias(self, request, context):
+        """Lets an alias stand for an adapter: requests that come after the answer get that one. Moving an alias is one step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Forgets an alias; the adapter stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAliases(self, request, context):
+        """Tells all aliases.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,6 +186,36 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersRequest.FromString,
                     response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'WatchAdapters': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchAdapters,
+                    request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.FromString,
+                    response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.SerializeToString,
+            ),
+            'PinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinAdapter,
+                    request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.PinAdapterRequest.FromString,
+                    response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.PinAdapterResponse.SerializeToString,
+            ),
+            'UnpinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinAdapter,
+                    request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.FromString,
+                    response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.SetAliasRequest.FromString,
+                    response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.SetAliasResponse.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.DeleteAliasResponse.SerializeToString,
+            ),
+            'ListAliases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAliases,
+                    request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAliasesRequest.FromString,
+                    response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAliasesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +327,168 @@ class AdapterService:
             '/graft.admin.v1.AdapterService/ListAdapters',
             graft_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
             graft_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/graft.admin.v1.AdapterService/WatchAdapters',
+            graft_dot_admin_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
+            graft_dot_admin_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graft.admin.v1.AdapterService/PinAdapter',
+            graft_dot_admin_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+            graft_dot_admin_dot_v1_dot_adapters__pb2.PinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graft.admin.v1.AdapterService/UnpinAdapter',
+            graft_dot_admin_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
+            graft_dot_admin_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graft.admin.v1.AdapterService/SetAlias',
+            graft_dot_admin_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+            graft_dot_admin_dot_v1_dot_adapters__pb2.SetAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graft.admin.v1.AdapterService/DeleteAlias',
+            graft_dot_admin_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+            graft_dot_admin_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAliases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graft.admin.v1.AdapterService/ListAliases',
+            graft_dot_admin_dot_v1_dot_adapters__pb2.ListAliasesRequest.SerializeToString,
+            graft_dot_admin_dot_v1_dot_adapters__pb2.ListAliasesResponse.FromString,
             options,
             channel_credentials,
             insecure,
