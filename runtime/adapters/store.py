@@ -167,6 +167,20 @@ class AdapterStore:
         self.memory.advance(whole=whole)
         self._drains.end_overdue(time.monotonic())
 
+    def waits_for_place(self, record: AdapterRecord) -> bool:
+        """Whether it is in host memory and has no place on the device, or yields its own."""
+        return record.is_yielding or (record.slot < 0 and record.host is not None)
+
+    def no_place(self, record: AdapterRecord, waited_seconds: float) -> Exhausted:
+        """What a request is told that has waited for so long in vain."""
+        tier = self.memory.device
+        message = (
+            f"adapter {record.name!r} had no place on the device for {waited_seconds:g} s: {tier.num_resident} of "
+            f"{self._limits.max_adapters} slots and {tier.used_bytes} of {tier.max_bytes} bytes are taken, and "
+            f"{tier.num_wanted} adapters wait; retry later, or raise --max-adapters or --adapter-memory-gib"
+        )
+        return Exhausted(message, reason="ADAPTER_WAIT_TIMEOUT", retry_seconds=1.0)
+
     def take_failures(self) -> list[tuple[AdapterRecord, GraftError]]:
         """Adapters that could not be brought to the device: the requests that wait for them have to end."""
         failures, self.memory.failures = self.memory.failures, []

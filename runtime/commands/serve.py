@@ -35,6 +35,9 @@ def build_config(options: argparse.Namespace) -> ServerConfig:
         max_waiting_requests=options.max_waiting_requests,
         adapter_memory_gib=options.adapter_memory_gib,
         max_adapters=options.max_adapters,
+        adapter_host_memory_gib=options.adapter_host_memory_gib,
+        adapter_cycle_seconds=options.adapter_cycle_seconds,
+        max_adapter_wait_seconds=options.max_adapter_wait_seconds,
     )
     config = ServerConfig(
         engine=engine,

@@ -211,11 +211,23 @@ class Engine:
         for record, error in self.adapters.take_failures():
             self._fail_users(record, error, begun=False)
         self.scheduler.settle_awaiting()
+        self._end_long_waits()
         for guide in self.guides.take_failed():
             guided = self.scheduler.find(guide.request_id)
             if guided is not None and guide.error is not None:
                 self._end(guided)
                 self._fail(guide.request_id, guide.error)
+
+    def _end_long_waits(self) -> None:
+        """End the requests that have waited too long for their adapter's place; what is being read takes its time."""
+        bound = self.config.max_adapter_wait_seconds
+        since = time.monotonic() - bound
+        for sequence in self.scheduler.awaiting_adapters():
+            adapter = sequence.adapter
+            if adapter is None or sequence.arrived > since or not self.adapters.waits_for_place(adapter):
+                continue
+            self._end(sequence)
+            self._fail(sequence.request_id, self.adapters.no_place(adapter, bound))
 
     def _end_overdue(self) -> None:
         """End the requests whose deadline has passed; all are looked through only when the next one is due."""

@@ -79,6 +79,10 @@ class Scheduler:
         """Sequences may have to wait for their adapters again."""
         self._awaiting = {item.request_id: item for item in self._by_id.values() if item.awaits_parts}
 
+    def awaiting_adapters(self) -> list[Sequence]:
+        """Sequences that have no place in a batch because their adapters have none on the device."""
+        return [item for item in self._awaiting.values() if not item.blocks and item.awaits_adapter]
+
     def settle_awaiting(self) -> None:
         """Adapters may have come since the last step."""
         self._awaiting = {key: sequence for key, sequence in self._awaiting.items() if sequence.awaits_parts}

@@ -158,7 +158,7 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAliases(self, request, context):
-        """Tells all aliases.
+        """Tells all aliases and what they stand for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
