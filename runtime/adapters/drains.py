@@ -14,13 +14,14 @@ from runtime.errors import DeadlineExceeded, GraftError
 
 @dataclass
 class _Drain:
-    """One caller of UnloadAdapter; `due` is on the monotonic clock."""
+    """One caller of UnloadAdapter; `due` is on the monotonic clock. `told` is the last one freed that is no sum."""
 
     records: set[AdapterRecord]
     reply: Callable[[AdapterInfo | GraftError], None]
     due: float
     freed_host_bytes: int = 0
     freed_device_bytes: int = 0
+    told: AdapterInfo | None = None
 
 
 class Drains:
@@ -50,10 +51,13 @@ class Drains:
             drain.records.remove(record)
             drain.freed_host_bytes += info.freed_host_bytes
             drain.freed_device_bytes += info.freed_device_bytes
+            drain.told = info if not info.derived else drain.told
             if not drain.records:
                 self._drains.remove(drain)
                 told = replace(
-                    info, freed_host_bytes=drain.freed_host_bytes, freed_device_bytes=drain.freed_device_bytes
+                    drain.told or info,
+                    freed_host_bytes=drain.freed_host_bytes,
+                    freed_device_bytes=drain.freed_device_bytes,
                 )
                 drain.reply(told)
 

@@ -31,11 +31,22 @@ class LayerCoverage:
 
 
 @dataclass(frozen=True)
+class PartInfo:
+    """One generation that a sum of adapters was made of."""
+
+    name: str
+    generation: int
+    weight: float
+
+
+@dataclass(frozen=True)
 class AdapterInfo:
     """One generation of an adapter. Times are Unix seconds; `slot` is its device index or -1.
 
     `num_running` counts the requests that hold it; `host_bytes` and `device_bytes` are what it takes there now, and
     `freed_host_bytes` and `freed_device_bytes` what its unloading gave back. `error` says why its last load failed.
+    `parts` are what it is the sum of, if it is one; a `derived` one was made for requests that name its parts, and its
+    name holds their generations.
     """
 
     name: str
@@ -61,6 +72,8 @@ class AdapterInfo:
     freed_device_bytes: int = 0
     error: str = ""
     warnings: list[str] = field(default_factory=list)
+    parts: list[PartInfo] = field(default_factory=list)
+    derived: bool = False
 
 
 @dataclass(frozen=True)

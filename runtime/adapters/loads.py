@@ -11,8 +11,9 @@ from typing import TypeAlias
 from runtime.adapters.info import AdapterInfo, AdapterState
 from runtime.adapters.memory import AdapterMemory
 from runtime.adapters.reader import ReadAdapter
-from runtime.adapters.record import AdapterRecord
+from runtime.adapters.record import AdapterFacts, AdapterRecord, Part, Source
 from runtime.adapters.registry import AdapterRegistry
+from runtime.adapters.sums import resolve
 from runtime.engine.messages import CallId, LoadAdapter
 from runtime.errors import AlreadyExists, Conflict, Exhausted, GraftError, InvalidRequest, NotFound
 
@@ -23,9 +24,13 @@ Reply: TypeAlias = Callable[[AdapterInfo | GraftError], None]
 
 @dataclass(eq=False)
 class _Load:
-    """One load and all who asked for it. `live` was live when it began; `record` is the generation that it makes."""
+    """One load and all who asked for it. `live` was live when it began; `record` is the generation that it makes.
+
+    A sum has `parts`, the generations that its expression meant when it began.
+    """
 
     command: LoadAdapter
+    parts: tuple[Part, ...]
     live: AdapterRecord | None
     record: AdapterRecord | None
     replies: list[Reply] = field(default_factory=list)
@@ -60,9 +65,10 @@ class Loads:
         if (remembered := self._repeated(command)) is not None:
             reply(remembered)
             return
+        parts = self._parts(command)
         load = self._loads.get(command.name)
         if load is not None:
-            if _plain(load.command) != _plain(command):
+            if _plain(load.command) != _plain(command) or load.parts != parts:
                 raise Conflict(f"adapter {command.name!r} is LOADING: try again later", reason="ADAPTER_BUSY")
             load.replies.append(reply)
             return
@@ -73,18 +79,29 @@ class Loads:
         if command.lazy:
             self._register(command, reply)
             return
-        self._loads[command.name] = self._begin(command, live, reply)
-        path, digest = command.path, command.expected_digest
-        on_read = partial(self._settle, self._loads[command.name])
-        self._memory.reader.read(command.name, path, digest, on_read)
+        load = self._loads[command.name] = self._begin(command, parts, live, reply)
+        self._memory.reader.read(command.name, _source(command, parts), partial(self._settle, load))
 
-    def _begin(self, command: LoadAdapter, live: AdapterRecord | None, reply: Reply) -> _Load:
+    def _parts(self, command: LoadAdapter) -> tuple[Part, ...]:
+        """What a sum is made of; raises NotFound, naming the part, and Conflict while a part is loading."""
+        if not command.expression:
+            return ()
+        parts = resolve(self._registry, command.expression, "expression")
+        for part in parts:
+            if part.record.state is AdapterState.LOADING:
+                raise Conflict(f"adapter {part.record.name!r} is LOADING: try again later", reason="ADAPTER_BUSY")
+        return parts
+
+    def _begin(
+        self, command: LoadAdapter, parts: tuple[Part, ...], live: AdapterRecord | None, reply: Reply
+    ) -> _Load:
         record = None
         is_alias = self._registry.resolve(command.name) != command.name
         if is_alias or (not command.validate_only and (live is None or command.replace)):
             record = self._registry.create(command.name, command.path, command.expected_digest, AdapterState.LOADING)
+            record.parts = parts
             self._on_change(record)
-        return _Load(command, live, record, [reply])
+        return _Load(command, parts, live, record, [reply])
 
     def _register(self, command: LoadAdapter, reply: Reply) -> None:
         """A generation that is not read before somebody names it."""
@@ -120,17 +137,18 @@ class Loads:
             )
             raise AlreadyExists(message, reason="ADAPTER_EXISTS")
         if command.validate_only:
-            self._finish(load, self._checked(command, read, is_same))
+            self._finish(load, self._checked(load, read, is_same))
         elif load.live is not None and is_same:
             self._adopt(load, load.live, read)
         elif load.record is not None:
             self._place(load, load.record, read)
 
-    def _checked(self, command: LoadAdapter, read: ReadAdapter, is_same: bool) -> AdapterInfo:
+    def _checked(self, load: _Load, read: ReadAdapter, is_same: bool) -> AdapterInfo:
         """What a load would have made of these files."""
+        command = load.command
         checked = AdapterRecord(command.name, 0, command.path, read.digest, AdapterState.UNSPECIFIED)
         self._memory.check_size(checked, read)
-        checked.facts, checked.load_seconds = read.facts, read.seconds
+        checked.facts, checked.load_seconds, checked.parts = read.facts, read.seconds, load.parts
         return checked.info(already_loaded=is_same)
 
     def _adopt(self, load: _Load, live: AdapterRecord, read: ReadAdapter) -> None:
@@ -218,6 +236,11 @@ class Loads:
             message = f"request_id {command.request_id!r} was that of another load"
             raise InvalidRequest(message, reason="REQUEST_ID_REUSED", field="request_id")
         return remembered[1]
+
+
+def _source(command: LoadAdapter, parts: tuple[Part, ...]) -> Source:
+    sources = tuple((part.weight, part.record.source()) for part in parts)
+    return Source(command.name, command.path, command.expected_digest, AdapterFacts(), None, sources)
 
 
 def _plain(command: LoadAdapter) -> LoadAdapter:

@@ -12,7 +12,7 @@ import torch
 from runtime.adapters.device_tier import DeviceTier
 from runtime.adapters.host_tier import HostTier
 from runtime.adapters.info import AdapterState
-from runtime.adapters.reader import AdapterReader, ReadAdapter
+from runtime.adapters.reader import AdapterReader, ReadAdapter, as_changed
 from runtime.adapters.record import AdapterRecord
 from runtime.errors import Exhausted, GraftError, Precondition
 
@@ -54,11 +54,12 @@ class AdapterMemory:
             if record.state is AdapterState.REGISTERED:
                 record.state = AdapterState.LOADING
                 self._on_change(record)
-            self.reader.read(record.name, record.path, record.digest, partial(self._brought, record))
+            self.reader.read(record.name, record.source(), partial(self._brought, record))
 
     def keep(self, record: AdapterRecord, read: ReadAdapter) -> None:
         """Take what was read into host memory; raises Exhausted if it cannot have room there or on the device."""
         self.check_size(record, read)
+        _note_digests(record, read)
         record.digest, record.facts, record.load_seconds = read.digest, read.facts, read.seconds
         for victim in self.host.admit(record, read.host):
             self._on_change(victim)
@@ -115,7 +116,7 @@ class AdapterMemory:
             return
         try:
             if isinstance(read, GraftError):
-                raise _changed(record, read)
+                raise as_changed(record.label, read)
             if record.host is None:
                 self.keep(record, read)
         except GraftError as error:
@@ -150,12 +151,16 @@ class AdapterMemory:
             self.failures.append((record, refusal))
 
 
-def _changed(record: AdapterRecord, error: GraftError) -> GraftError:
-    """A generation stands for its bytes: when the files are others now, it cannot be read again."""
-    if error.reason != "DIGEST_MISMATCH":
-        return error
-    message = f"the files of adapter {record.label!r} are not those that were loaded: load it again with replace"
-    return Precondition(message, reason="ADAPTER_FILES_CHANGED")
+def _note_digests(record: AdapterRecord, read: ReadAdapter) -> None:
+    """Generations that had not been read before stand for these bytes from now on."""
+    parts = [part.record for part in record.parts]
+    read_records = [(record, read.digest), *zip(parts, read.part_digests, strict=True)]
+    for each, digest in read_records:
+        if each.digest not in ("", digest):
+            message = f"the files of adapter {each.label!r} changed while they were read: load it again with replace"
+            raise Precondition(message, reason="ADAPTER_FILES_CHANGED")
+    for each, digest in read_records:
+        each.digest = digest
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import queue
 import time
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import torch
 
-from loaders.adapter import AdapterTargets, AdapterWeights, load_adapter
+from loaders.adapter import AdapterTargets, load_adapter
 from loaders.errors import LoadError
+from runtime.adapters.compose import compose
+from runtime.adapters.expression import weight_text
 from runtime.adapters.host_adapter import FactorLayout, HostAdapter, to_host_adapter
 from runtime.adapters.info import LayerCoverage
-from runtime.adapters.record import AdapterFacts
-from runtime.errors import GraftError, Internal, Precondition
+from runtime.adapters.record import AdapterFacts, Source
+from runtime.errors import Exhausted, GraftError, Internal, Precondition
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +30,13 @@ MAX_TOLD_PROBLEMS = 100
 
 @dataclass(frozen=True)
 class ReadAdapter:
-    """What was in a folder, in the form of the device's pages."""
+    """What was in a folder, or a sum of adapters, in the form of the device's pages; `part_digests` in their order."""
 
     digest: str
     host: HostAdapter
     facts: AdapterFacts
     seconds: float
+    part_digests: tuple[str, ...] = ()
 
 
 OnRead = Callable[[ReadAdapter | GraftError], None]
@@ -40,10 +44,12 @@ OnRead = Callable[[ReadAdapter | GraftError], None]
 
 @dataclass(frozen=True)
 class ReaderLimits:
-    """Files with larger ranks or more bytes are refused."""
+    """Files with larger ranks or more bytes are refused, and sums with larger joined ranks or more bytes of pages."""
 
     max_lora_rank: int
     max_bytes: int
+    max_joined_rank: int
+    max_sum_bytes: int
 
 
 class AdapterReader:
@@ -65,9 +71,9 @@ class AdapterReader:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
         self._finished: queue.SimpleQueue[tuple[str, Future[ReadAdapter], OnRead]] = queue.SimpleQueue()
 
-    def read(self, name: str, path: str, digest: str, on_read: OnRead) -> None:
+    def read(self, name: str, source: Source, on_read: OnRead) -> None:
         """Start reading; a later `deliver` calls `on_read`, with an error if the digest is not the one given."""
-        future = self._thread.submit(self._read, name, Path(path), digest)
+        future = self._thread.submit(self._read, name, source)
         future.add_done_callback(partial(self._hand_over, name, on_read))
 
     @property
@@ -92,33 +98,83 @@ class AdapterReader:
             self._finished.put((name, done, on_read))
             self._wake()
 
-    def _read(self, name: str, path: Path, digest: str) -> ReadAdapter:
+    def _read(self, name: str, source: Source) -> ReadAdapter:
         """Runs in the thread."""
         started = time.monotonic()
-        limits = self._limits
-        weights = load_adapter(path, self._targets, max_lora_rank=limits.max_lora_rank, max_bytes=limits.max_bytes)
+        if source.parts:
+            return self._sum(name, source, started)
+        limits, digest = self._limits, source.digest
+        weights = load_adapter(
+            Path(source.path), self._targets, max_lora_rank=limits.max_lora_rank, max_bytes=limits.max_bytes
+        )
         if digest and weights.digest != digest:
             message = f"adapter {name!r} has digest {weights.digest}, expected {digest}"
             raise Precondition(message, reason="DIGEST_MISMATCH", field="expected_digest")
         host = to_host_adapter(weights, self._dtype, self._layout)
-        return ReadAdapter(weights.digest, host, _facts(weights, host), time.monotonic() - started)
+        facts = _facts(host, weights.num_bytes, weights.warnings)
+        return ReadAdapter(weights.digest, host, facts, time.monotonic() - started)
+
+    def _sum(self, name: str, source: Source, started: float) -> ReadAdapter:
+        """A weighted sum; parts that are not in memory are read, and are not kept. Its bytes are those of its parts."""
+        reads: list[ReadAdapter] = []
+        for _, part in source.parts:
+            reads.append(self._read_part(part))
+            num_bytes = sum(read.host.num_bytes for read in reads)
+            if num_bytes > self._limits.max_sum_bytes:
+                message = (
+                    f"adapter {name!r} takes {num_bytes} bytes on the device or more, beyond the "
+                    f"{self._limits.max_sum_bytes} that all adapters may take: raise --adapter-memory-gib"
+                )
+                raise Exhausted(message, reason="ADAPTER_MEMORY_FULL")
+        weights = [weight for weight, _ in source.parts]
+        shares = [(float(weight), read.host) for weight, read in zip(weights, reads, strict=True)]
+        host = compose(shares, self._limits.max_joined_rank)
+        lines = sorted(f"{weight_text(weight)} {read.digest}" for weight, read in zip(weights, reads, strict=True))
+        digest = "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        warnings = [
+            f"{part.label}: {warning}"
+            for (_, part), read in zip(source.parts, reads, strict=True)
+            for warning in read.facts.warnings
+        ]
+        facts = _facts(host, sum(read.facts.tensor_bytes for read in reads), warnings)
+        digests = tuple(read.digest for read in reads)
+        return ReadAdapter(digest, host, facts, time.monotonic() - started, digests)
+
+    def _read_part(self, part: Source) -> ReadAdapter:
+        """A part's pages, from memory if they are there; errors name the part."""
+        if part.host is not None:
+            return ReadAdapter(part.digest, part.host, part.facts, 0.0)
+        try:
+            return self._read(part.label, part)
+        except LoadError as error:
+            raise _as_graft_error(part.label, error) from error
+        except Precondition as error:
+            raise as_changed(part.label, error) from error
 
 
-def _facts(weights: AdapterWeights, host: HostAdapter) -> AdapterFacts:
-    leaves = {name.rsplit(".", 1)[-1] for name in weights.linears}
+def as_changed(label: str, error: GraftError) -> GraftError:
+    """A generation stands for its bytes: when the files are others now, it cannot be read again."""
+    if error.reason != "DIGEST_MISMATCH":
+        return error
+    message = f"the files of adapter {label!r} are not those that were loaded: load it again with replace"
+    return Precondition(message, reason="ADAPTER_FILES_CHANGED")
+
+
+def _facts(host: HostAdapter, tensor_bytes: int, warnings: Sequence[str]) -> AdapterFacts:
+    leaves = {name.rsplit(".", 1)[-1] for name in host.linears}
     ranks = [pages.lora_rank for layer in host.experts.values() for pages in layer]
     ranks += [pages.lora_rank for pages in host.linears.values()]
     return AdapterFacts(
         lora_rank_max=max(ranks, default=0),
         num_expert_pages=host.num_expert_pages,
         target_modules=sorted(leaves) + (["experts"] if host.experts else []),
-        tensor_bytes=weights.num_bytes,
+        tensor_bytes=tensor_bytes,
         device_bytes=host.num_bytes,
         layers=[
             LayerCoverage(layer, sum(len(pages.regions) for pages in by_rank))
             for layer, by_rank in sorted(host.experts.items())
         ],
-        warnings=printable(weights.warnings),
+        warnings=printable(warnings),
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 from runtime.adapters.host_adapter import HostAdapter
-from runtime.adapters.info import AdapterInfo, AdapterState, LayerCoverage
+from runtime.adapters.info import AdapterInfo, AdapterState, LayerCoverage, PartInfo
 from runtime.errors import GraftError
 
 
@@ -23,6 +24,29 @@ class AdapterFacts:
     warnings: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A generation in a weighted sum."""
+
+    weight: Decimal
+    record: AdapterRecord
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a generation is made of, as plain data that no step changes: files, or a weighted sum.
+
+    `host` are its pages if they are in memory; then nothing needs to be read. `digest` may be unknown before that ("").
+    """
+
+    label: str
+    path: str
+    digest: str
+    facts: AdapterFacts
+    host: HostAdapter | None = None
+    parts: tuple[tuple[Decimal, Source], ...] = ()
+
+
 @dataclass(eq=False)
 class AdapterRecord:
     """Owned by the engine loop. `references` counts requests that hold it, `num_running` those with a place in a batch.
@@ -31,6 +55,8 @@ class AdapterRecord:
     for its slot and no sequence of it begins. `host` are its pages in host memory, if they are there. `digest` is that
     of the bytes that were read, or must be read. After a failure `error` is told to requests until `retry_at`
     (monotonic).
+    A sum of other generations has `parts` and no path. It is `derived` if it was made because requests named the sum:
+    then it lives no longer than its parts, while one that an operator has named is a snapshot of its own.
     """
 
     name: str
@@ -52,11 +78,18 @@ class AdapterRecord:
     last_used: float = 0.0
     error: GraftError | None = None
     retry_at: float = 0.0
+    parts: tuple[Part, ...] = ()
+    derived: bool = False
 
     @property
     def label(self) -> str:
-        """NAME@GENERATION."""
-        return f"{self.name}@{self.generation}"
+        """NAME@GENERATION, or the sum of such."""
+        return self.name if self.derived else f"{self.name}@{self.generation}"
+
+    def source(self) -> Source:
+        """What it is made of now."""
+        parts = tuple((part.weight, part.record.source()) for part in self.parts)
+        return Source(self.label, self.path, self.digest, self.facts, self.host, parts)
 
     @property
     def host_bytes(self) -> int:
@@ -96,4 +129,6 @@ class AdapterRecord:
             freed_device_bytes=freed_device_bytes,
             error=self.error.message if self.error is not None else "",
             warnings=self.facts.warnings,
+            parts=[PartInfo(part.record.name, part.record.generation, float(part.weight)) for part in self.parts],
+            derived=self.derived,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime.adapters.info import AdapterState, AliasInfo
-from runtime.adapters.record import AdapterRecord
+from runtime.adapters.record import AdapterRecord, Part
 from runtime.errors import AlreadyExists, Conflict, Exhausted, NotFound
 
 MAX_ALIASES = 10_000
@@ -13,11 +13,13 @@ GENERATION_SIGN = "@"
 class AdapterRegistry:
     """A name has at most one live generation, which requests get, and one incoming, which is to replace it.
 
-    Any number of earlier generations drain. A generation is never used twice.
+    Any number of earlier generations drain. A generation is never used twice. Sums that requests have named are kept by
+    their parts' labels, apart from the names of operators.
     """
 
     def __init__(self, max_names: int) -> None:
         self._live: dict[str, AdapterRecord] = {}
+        self._derived: dict[str, AdapterRecord] = {}
         self._incoming: dict[str, AdapterRecord] = {}
         self._draining: dict[int, AdapterRecord] = {}
         self._aliases: dict[str, str] = {}
@@ -32,10 +34,28 @@ class AdapterRegistry:
         if name not in self._live and len(self._live) >= self._max_names:
             message = f"{len(self._live)} of {self._max_names} adapter names are in use: unload one"
             raise Exhausted(message, reason="ADAPTER_NAMES_FULL")
-        self._last_generation += 1
-        record = AdapterRecord(name, self._last_generation, path, digest, state)
+        record = AdapterRecord(name, self._next_generation(), path, digest, state)
         (self._incoming if name in self._live else self._live)[name] = record
         return record
+
+    def create_derived(self, name: str, parts: tuple[Part, ...]) -> AdapterRecord:
+        """A sum that requests name, under the name that tells its parts; nothing has been read for it."""
+        record = AdapterRecord(name, self._next_generation(), "", "", AdapterState.REGISTERED)
+        record.parts, record.derived = parts, True
+        self._derived[name] = record
+        return record
+
+    def derived(self) -> dict[str, AdapterRecord]:
+        """The sums that requests may get, by name."""
+        return dict(self._derived)
+
+    def find_derived(self, name: str) -> AdapterRecord | None:
+        """The live sum of these parts, if requests have named it."""
+        return self._derived.get(name)
+
+    def derived_from(self, record: AdapterRecord) -> list[AdapterRecord]:
+        """The live sums that requests have named and that this generation is a part of."""
+        return [sum_ for sum_ in self._derived.values() if any(part.record is record for part in sum_.parts)]
 
     def promote(self, record: AdapterRecord) -> AdapterRecord | None:
         """Make an incoming generation live; returns the one that it replaces, which drains from now on."""
@@ -49,12 +69,12 @@ class AdapterRegistry:
 
     def retire(self, record: AdapterRecord) -> None:
         """Let a live generation drain: its name is free."""
-        del self._live[record.name]
+        del (self._derived if record.derived else self._live)[record.name]
         self._drain(record)
 
     def forget(self, record: AdapterRecord) -> None:
         """Drop a generation wherever it is."""
-        for by_name in (self._live, self._incoming):
+        for by_name in (self._live, self._incoming, self._derived):
             if by_name.get(record.name) is record:
                 del by_name[record.name]
         self._draining.pop(record.generation, None)
@@ -70,6 +90,11 @@ class AdapterRegistry:
     def draining(self, name: str) -> list[AdapterRecord]:
         """Generations of a name that only run to their end, oldest first."""
         return [record for record in self._draining.values() if record.name == name]
+
+    def draining_sums(self, name: str) -> list[AdapterRecord]:
+        """Sums with a generation of this name that only run to their end."""
+        draining = self._draining.values()
+        return [item for item in draining if item.derived and any(part.record.name == name for part in item.parts)]
 
     def get(self, reference: str) -> AdapterRecord:
         """The live generation for NAME, ALIAS or NAME@GENERATION; raises NotFound, naming what is live."""
@@ -126,8 +151,13 @@ class AdapterRegistry:
 
     def records(self) -> list[AdapterRecord]:
         """All generations of all names, by name and age."""
-        everything = [*self._live.values(), *self._incoming.values(), *self._draining.values()]
+        kinds = (self._live, self._incoming, self._derived, self._draining)
+        everything = [record for kind in kinds for record in kind.values()]
         return sorted(everything, key=lambda record: (record.name, record.generation))
+
+    def _next_generation(self) -> int:
+        self._last_generation += 1
+        return self._last_generation
 
     def _drain(self, record: AdapterRecord) -> None:
         record.state = AdapterState.DRAINING

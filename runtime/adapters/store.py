@@ -13,6 +13,7 @@ from loaders.adapter import AdapterTargets
 from runtime.adapters.device_pages import DevicePages
 from runtime.adapters.device_tier import DeviceTier
 from runtime.adapters.drains import Drains
+from runtime.adapters.expression import is_sum
 from runtime.adapters.host_adapter import FactorLayout
 from runtime.adapters.host_tier import HostTier
 from runtime.adapters.info import AdapterInfo, AdapterState
@@ -21,17 +22,22 @@ from runtime.adapters.memory import AdapterMemory
 from runtime.adapters.reader import AdapterReader, ReaderLimits
 from runtime.adapters.record import AdapterRecord
 from runtime.adapters.registry import AdapterRegistry
+from runtime.adapters.sums import AdapterSums
 from runtime.engine.messages import LoadAdapter, PinAdapter, UnloadAdapter
 from runtime.errors import Conflict, Exhausted, GraftError
 
 # Files are often float32 where the device holds 16 bits; larger ones cannot fit, so they are not read at all.
 MAX_FILE_BYTES_PER_DEVICE_BYTE = 2
 MAX_NAMES = 10_000
+MAX_JOINED_RANK = 512
 
 
 @dataclass(frozen=True)
 class StoreLimits:
-    """Bounds of the store. `cycle_seconds`: how long an adapter may keep its place while others wait for one."""
+    """Bounds of the store. `cycle_seconds`: how long an adapter may keep its place while others wait for one.
+
+    `max_lora_rank` is that of an adapter's files; a weighted sum of adapters may have `max_joined_rank`.
+    """
 
     max_adapters: int
     max_lora_rank: int
@@ -39,6 +45,7 @@ class StoreLimits:
     max_host_bytes: int = 2**40
     cycle_seconds: float = math.inf
     max_names: int = MAX_NAMES
+    max_joined_rank: int = MAX_JOINED_RANK
 
 
 class AdapterStore:
@@ -62,9 +69,13 @@ class AdapterStore:
         self.on_change: Callable[[AdapterInfo], None] = _ignore
         self.have_left = False  # an adapter left the device, or has to: sequences may have to wait for it again
         max_file_bytes = MAX_FILE_BYTES_PER_DEVICE_BYTE * limits.max_device_bytes
-        reader = AdapterReader(targets, ReaderLimits(limits.max_lora_rank, max_file_bytes), dtype, layout, wake)
+        reader_limits = ReaderLimits(
+            limits.max_lora_rank, max_file_bytes, limits.max_joined_rank, limits.max_device_bytes
+        )
+        reader = AdapterReader(targets, reader_limits, dtype, layout, wake)
         tier = DeviceTier(self.pages, limits.max_device_bytes, limits.cycle_seconds, self._moved)
         self.memory = AdapterMemory(reader, HostTier(limits.max_host_bytes), tier, self._changed)
+        self._sums = AdapterSums(self.registry, self.memory, self._free_if_idle)
         self._drains = Drains()
         self._loads = Loads(self.registry, self.memory, self._changed, self._free_if_idle, self.check_pins)
         self._limits = limits
@@ -86,7 +97,7 @@ class AdapterStore:
             if self._loads.is_changing(name):
                 raise Conflict(f"adapter {name!r} is still loading: try again later", reason="ADAPTER_BUSY")
             record = self.registry.find(name)
-            if record is None and not self.registry.draining(name):
+            if record is None and not self._draining(name):
                 self.registry.get(name)
             self.registry.check_generation(name, command.expected_generation)
         except GraftError as error:
@@ -94,8 +105,9 @@ class AdapterStore:
             return []
         if record is not None:
             self.registry.retire(record)
-            self._changed(record)
-        draining = self.registry.draining(name)
+            for changed in (record, *self._sums.retire(record)):
+                self._changed(changed)
+        draining = self._draining(name)
         self._drains.wait(draining, command.drain_seconds, reply)
         for old in draining:
             self._free_if_idle(old)
@@ -136,15 +148,18 @@ class AdapterStore:
         return [record.info() for record in self.registry.records()]
 
     def info(self, reference: str) -> AdapterInfo:
-        """Snapshot of one adapter by NAME, ALIAS or NAME@GENERATION; raises NotFound."""
+        """Snapshot of one adapter by NAME, ALIAS, NAME@GENERATION or a sum of such; raises NotFound."""
+        if is_sum(reference):
+            return self._sums.find(reference).info()
         return self.registry.any_of(reference).info()
 
     def acquire(self, reference: str) -> AdapterRecord:
-        """A reference for one request by NAME, ALIAS or NAME@GENERATION; raises NotFound. Give it back with `release`.
+        """A reference for one request by NAME, ALIAS, NAME@GENERATION or a sum of such. Give it back with `release`.
 
-        It may still be on its way to the device. Raises what its last read failed with, if that was just now.
+        It may still be on its way to the device. Raises NotFound, InvalidRequest and Exhausted, and what its last
+        read failed with, if that was just now.
         """
-        record = self.registry.get(reference)
+        record = self._sums.get(reference)
         if record.error is not None and time.monotonic() < record.retry_at:
             raise record.error
         tier = self.memory.device if record.is_resident else self.memory.host
@@ -161,6 +176,7 @@ class AdapterStore:
         if not record.references:
             self.memory.release(record)
             self._free_if_idle(record)
+            self._sums.follow(record)
 
     def advance(self, *, whole: bool) -> None:
         """Between two steps: take finished reads, give out places, copy one layer (all of them if `whole`)."""
@@ -219,9 +235,23 @@ class AdapterStore:
 
     def _changed(self, record: AdapterRecord) -> None:
         self.on_change(record.info())
+        self._sums.follow(record)
+
+    def _draining(self, name: str) -> list[AdapterRecord]:
+        """What has to end before a name has left the memory: sums that requests have named, and its generations."""
+        return self.registry.draining_sums(name) + self.registry.draining(name)
+
+    def _retire_sums(self, part: AdapterRecord) -> None:
+        """What requests have named as a sum with this generation is for no new request any more."""
+        for record in self._sums.retire(part):
+            self._changed(record)
+            self._free_if_idle(record)
 
     def _free_if_idle(self, record: AdapterRecord) -> None:
-        if record.state is not AdapterState.DRAINING or record.references:
+        if record.state is not AdapterState.DRAINING:
+            return
+        self._retire_sums(record)
+        if record.references:
             return
         host_bytes, device_bytes = self.memory.drop(record)
         record.state = AdapterState.UNLOADED

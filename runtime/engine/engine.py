@@ -177,7 +177,7 @@ class Engine:
             self._fail(request.request_id, error)
             return
         if adapter is not None:
-            self._emit(RequestAccepted(request.request_id, adapter.name, adapter.generation))
+            self._emit(RequestAccepted(request.request_id, adapter.name, adapter.generation, adapter.label))
         self._num_prompt_tokens += len(request.prompt_ids)
         spec = request.params.guide
         guide = self.guides.open(request.request_id, spec) if spec is not None else None

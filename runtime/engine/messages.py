@@ -9,6 +9,7 @@ from typing import NewType
 
 from runtime.adapters.info import AdapterInfo as AdapterInfo
 from runtime.adapters.info import AliasInfo as AliasInfo
+from runtime.adapters.info import PartInfo as PartInfo
 from runtime.engine.sampling_params import SamplingParams
 from runtime.errors import ErrorKind
 
@@ -31,7 +32,10 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class AddRequest:
-    """Start a sequence. `deadline` is Unix time in seconds; when it passes, the sequence ends with DEADLINE."""
+    """Start a sequence. `adapter` is NAME, NAME@GENERATION or a weighted sum of such.
+
+    `deadline` is Unix time in seconds; when it passes, the sequence ends with DEADLINE.
+    """
 
     request_id: RequestId
     prompt_ids: list[int]
@@ -61,12 +65,13 @@ class LoadAdapter:
 
     `replace`: other bytes than those of the live generation become a new one. `expected_generation`: the live one must
     be this. `validate_only`: read, check and tell, but change nothing. `lazy`: only register it; it is read when a
-    request names it. A repeated `request_id` gets the answer that the first one got.
+    request names it. A repeated `request_id` gets the answer that the first one got. With an `expression` and no path,
+    the adapter is that sum of others.
     """
 
     call_id: CallId
     name: str
-    path: str
+    path: str = ""
     expected_digest: str = ""
     replace: bool = False
     expected_generation: int = 0
@@ -74,6 +79,7 @@ class LoadAdapter:
     pinned: bool = False
     lazy: bool = False
     request_id: str = ""
+    expression: str = ""
 
 
 @dataclass(frozen=True)
@@ -238,11 +244,15 @@ class RequestFailed:
 
 @dataclass(frozen=True)
 class RequestAccepted:
-    """The generation that will answer a request which names an adapter; before anything else about it."""
+    """The generation that will answer a request which names an adapter; before anything else about it.
+
+    `label` is NAME@GENERATION, or the weighted sum of such for which `adapter` was made.
+    """
 
     request_id: RequestId
     adapter: str
     generation: int
+    label: str
 
 
 @dataclass(frozen=True)

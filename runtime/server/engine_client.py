@@ -221,9 +221,9 @@ class EngineClient:
             case PromptScored(request_id):
                 if (stream := self._streams.get(request_id)) is not None:
                     stream.push_scores(event)
-            case RequestAccepted(request_id, adapter, generation):
+            case RequestAccepted(request_id, label=label):
                 if (stream := self._streams.get(request_id)) is not None:
-                    stream.adapter = f"{adapter}@{generation}"
+                    stream.adapter = label
             case AdapterChanged(adapter):
                 self.on_adapters([adapter])
                 for watch in self._watches.values():

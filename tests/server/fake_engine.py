@@ -168,9 +168,9 @@ class FakeEngine:
             return [RequestFailed(request.request_id, ErrorKind.NOT_FOUND, message, "ADAPTER_NOT_FOUND", "adapter_id")]
         accepted: list[Event] = []
         if request.adapter is not None:
-            accepted = [
-                RequestAccepted(request.request_id, request.adapter, self._adapters[request.adapter].generation)
-            ]
+            generation = self._adapters[request.adapter].generation
+            label = f"{request.adapter}@{generation}"
+            accepted = [RequestAccepted(request.request_id, request.adapter, generation, label)]
         tokens = request.prompt_ids[1:] or request.prompt_ids
         self._running[request.request_id] = FakeSequence(request, tokens * 2 if request.adapter else tokens)
         return accepted
