@@ -14,6 +14,7 @@ def add_adapters(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     actions = adapters.add_subparsers(dest="action", required=True, metavar="ACTION")
     parsers = [
         _add_load(actions),
+        _add_compose(actions),
         _add_unload(actions),
         _add_list(actions),
         _add_named(actions, "show", "everything about one adapter", "NAME, an alias, or NAME@GENERATION"),
@@ -38,6 +39,24 @@ def _add_load(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> a
     how.add_argument("--lazy", action="store_true", help="only register it; it is read when a request names it")
     load.add_argument("--pin", action="store_true", help="keep it on the device")
     return load
+
+
+def _add_compose(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    compose = actions.add_parser("compose", help="give a weighted sum of loaded adapters a name")
+    compose.add_argument("name", metavar="NAME")
+    compose.add_argument(
+        "--from",
+        dest="parts",
+        action="append",
+        required=True,
+        metavar="ADAPTER[=WEIGHT]",
+        help="a part: NAME, an alias or NAME@GENERATION, and its weight (default 1); once for each part",
+    )
+    compose.add_argument("--replace", action="store_true", help="replace another adapter of this name; requests go on")
+    compose.add_argument("--expected-generation", type=int, default=0, metavar="N", help="fail unless this one is live")
+    compose.add_argument("--validate-only", action="store_true", help="check and tell, but change nothing")
+    compose.add_argument("--pin", action="store_true", help="keep it on the device")
+    return compose
 
 
 def _add_unload(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:

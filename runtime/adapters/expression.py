@@ -47,6 +47,11 @@ def is_sum(text: str) -> bool:
     return PLUS in text or TIMES in text
 
 
+def names(text: str, reference: str) -> bool:
+    """Whether an expression, which has been checked, is this one or has it as a part."""
+    return text == reference or reference in (part.rpartition(TIMES)[2] for part in text.split(PLUS))
+
+
 def weight_text(weight: Decimal) -> str:
     """The one way in which a weight is written: no exponent, no zeros at its end."""
     return f"{weight.normalize():f}"

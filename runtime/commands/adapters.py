@@ -53,6 +53,27 @@ def _load(stub: AdapterServiceStub, options: argparse.Namespace) -> Iterator[str
     yield from (f"warning: {warning}" for warning in adapter.warnings)
 
 
+def _compose(stub: AdapterServiceStub, options: argparse.Namespace) -> Iterator[str]:
+    terms = (part.partition("=") for part in options.parts)
+    request = pb.ComposeAdapterRequest(
+        adapter_id=options.name,
+        expression="+".join(f"{weight}*{name}" if sign else name for name, sign, weight in terms),
+        replace=options.replace,
+        expected_generation=options.expected_generation,
+        validate_only=options.validate_only,
+        pinned=options.pin,
+    )
+    response = stub.ComposeAdapter(request, timeout=DEADLINE_SECONDS)
+    adapter = response.adapter
+    told = f"{_parts(adapter)}: rank {adapter.rank}, {adapter.expert_count} expert pages"
+    if options.validate_only:
+        yield f"can be made of {told}"
+    else:
+        verb = "was already made of" if response.already_loaded else "made of"
+        yield f"{options.name} {verb} {told}, generation {adapter.generation}"
+    yield from (f"warning: {warning}" for warning in adapter.warnings)
+
+
 def _unload(stub: AdapterServiceStub, options: argparse.Namespace) -> Iterator[str]:
     request = pb.UnloadAdapterRequest(
         name=options.name,
@@ -143,6 +164,7 @@ def _show(stub: AdapterServiceStub, options: argparse.Namespace) -> Iterator[str
         ("loaded", f"{adapter.create_time.ToJsonString()} in {adapter.load_time.ToMilliseconds() / 1000:.2f} s"),
         ("last used", adapter.last_used_time.ToJsonString() if adapter.HasField("last_used_time") else "never"),
         ("source", adapter.source_path or "-"),
+        ("sum of", _parts(adapter) or "-"),
     ]
     yield from labelled(rows)
     if adapter.error_message:
@@ -160,8 +182,12 @@ def _row(adapter: pb.Adapter) -> tuple[str, ...]:
         str(adapter.expert_count),
         str(adapter.inflight_requests),
         f"{adapter.bytes_device:,}",
-        adapter.source_path or "-",
+        adapter.source_path or _parts(adapter) or "-",
     )
+
+
+def _parts(adapter: pb.Adapter) -> str:
+    return " + ".join(f"{part.weight:.10g}*{part.adapter_id}@{part.generation}" for part in adapter.parts)
 
 
 def _state(adapter: pb.Adapter) -> str:
@@ -210,6 +236,7 @@ def _is_number(cell: str) -> bool:
 
 _ACTIONS = {
     "load": _load,
+    "compose": _compose,
     "unload": _unload,
     "list": _list,
     "show": _show,

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from runtime import demo
+from runtime.adapters.expression import ADAPTER_ID
 from runtime.config import EngineConfig, ServerConfig
 from runtime.server import event_loop
-from runtime.server.limits import ADAPTER_ID
 from runtime.server.server import Addresses, serve
 
 READY = "ready: "

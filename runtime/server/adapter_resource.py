@@ -37,6 +37,10 @@ def adapter_resource(info: AdapterInfo, *, root: Path | None, base_model: str) -
         warnings=info.warnings,
         layers=[pb.Adapter.LayerCoverage(layer=item.layer, experts=item.num_experts) for item in info.layers],
         error_message=info.error,
+        parts=[
+            pb.Adapter.Part(adapter_id=part.name, generation=part.generation, weight=part.weight) for part in info.parts
+        ],
+        derived=info.derived,
     )
     if info.last_used:
         adapter.last_used_time.FromMicroseconds(int(info.last_used * 1e6))
@@ -75,7 +79,7 @@ def _place(info: AdapterInfo) -> tuple[str, int]:
 def _parse_token(token: str) -> tuple[str, int]:
     if not token:
         return "", 0
-    name, _, generation = token.partition("@")
+    name, _, generation = token.rpartition("@")
     if not generation.isascii() or not generation.isdigit():
         message = f"page_token {token[:80]!r} was not given by this server"
         raise invalid("INVALID_PARAMETER", "page_token", message)

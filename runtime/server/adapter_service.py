@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from runtime.adapters.expression import ADAPTER_ID, parse_expression
 from runtime.engine.messages import ListAliases, LoadAdapter, PinAdapter, SetAlias, UnloadAdapter
 from runtime.errors import GraftError
 from runtime.pb.graft.admin.v1 import adapters_pb2 as pb
@@ -18,7 +19,6 @@ from runtime.server.adapter_resource import NAME_PREFIX, adapter_resource, page_
 from runtime.server.adapter_watch import AdapterWatch
 from runtime.server.engine_client import EngineClient
 from runtime.server.gate import Gate
-from runtime.server.limits import ADAPTER_ID, ADAPTER_REFERENCE
 from runtime.server.paths import resolve_source_path
 from runtime.server.refusal import invalid
 
@@ -60,6 +60,26 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         with _errors_about("adapter_id"), _operator_paths(str(folder), request.source_path):
             (info,) = await self._client.adapters(command)
         return pb.LoadAdapterResponse(adapter=self._resource(info), already_loaded=info.already_loaded)
+
+    async def ComposeAdapter(self, request: pb.ComposeAdapterRequest, context: Context) -> pb.ComposeAdapterResponse:
+        """Give a weighted sum of adapters a name."""
+        self._gate.check()
+        name = _checked_id(request.adapter_id, "adapter_id")
+        parse_expression(request.expression, "expression")
+        _check_load(request)
+        command = partial(
+            LoadAdapter,
+            name=name,
+            expression=request.expression,
+            replace=request.replace,
+            expected_generation=request.expected_generation,
+            validate_only=request.validate_only,
+            pinned=request.pinned,
+            request_id=request.request_id,
+        )
+        with _errors_about("expression"):
+            (info,) = await self._client.adapters(command)
+        return pb.ComposeAdapterResponse(adapter=self._resource(info), already_loaded=info.already_loaded)
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
         """Take no new requests for it and free it when the running ones have ended."""
@@ -178,11 +198,13 @@ def _operator_paths(folder: str, source_path: str) -> Iterator[None]:
         raise
 
 
-def _check_load(request: pb.LoadAdapterRequest) -> None:
+def _check_load(request: pb.LoadAdapterRequest | pb.ComposeAdapterRequest) -> None:
     _checked_generation(request.expected_generation)
     if len(request.request_id) > MAX_REQUEST_ID_CHARS:
         message = f"request_id has {len(request.request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed"
         raise invalid("INVALID_PARAMETER", "request_id", message)
+    if isinstance(request, pb.ComposeAdapterRequest):
+        return
     for field in ("pinned", "validate_only"):
         if request.lazy and getattr(request, field):
             message = f"lazy and {field} exclude each other: what is only registered is not read yet"
@@ -209,7 +231,5 @@ def _id_of(name: str) -> str:
 
 def _reference_of(name: str) -> str:
     reference = name.removeprefix(NAME_PREFIX)
-    if not ADAPTER_REFERENCE.fullmatch(reference):
-        message = f"name {reference[:80]!r} must match {ADAPTER_REFERENCE.pattern}"
-        raise invalid("ADAPTER_ID_INVALID", "name", message)
+    parse_expression(reference, "name")
     return reference

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-
-ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-ADAPTER_REFERENCE = re.compile(ADAPTER_ID.pattern + r"(@[1-9][0-9]{0,17})?")  # an id or alias, or one generation
 
 
 @dataclass(frozen=True)

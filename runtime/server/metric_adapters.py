@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from runtime.adapters.expression import is_sum
 from runtime.adapters.info import AdapterInfo, AdapterState
 from runtime.server.metric_series import MODEL_LABEL, OTHER, PREFIX
 
@@ -35,6 +36,8 @@ class AdapterSeries:
     def update(self, adapters: Iterable[AdapterInfo]) -> None:
         """The engine has told of adapters: those with a live generation may be named in labels."""
         for adapter in adapters:
+            if adapter.derived:
+                continue  # clients choose the weights, so there is no end of such names
             generations = self._loaded.setdefault(adapter.name, set())
             if adapter.state in GONE:
                 generations.discard(adapter.generation)
@@ -81,6 +84,11 @@ class AdapterSeries:
 
     def _names(self, calls: Counter[str]) -> str:
         return ",".join(sorted(self._loaded.keys() & calls.keys()))
+
+
+def label_of(reference: str) -> str:
+    """The name under which a request counts: without its generation; a weighted sum as it is, so among the others."""
+    return reference if is_sum(reference) else reference.partition("@")[0]
 
 
 def _decrease(calls: Counter[str], name: str) -> None:

@@ -12,7 +12,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "generation", "digest", "state", "placement", "device_slots", "bytes_host", "bytes_device", "bytes_tensors", "last_used_time", "rank", "target_modules", "expert_count", "base_model", "pinned", "inflight_requests", "load_time", "create_time", "source_path", "warnings", "layers", "error_message")
+    __slots__ = ("name", "generation", "digest", "state", "placement", "device_slots", "bytes_host", "bytes_device", "bytes_tensors", "last_used_time", "rank", "target_modules", "expert_count", "base_model", "pinned", "inflight_requests", "load_time", "create_time", "source_path", "warnings", "layers", "error_message", "parts", "derived")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Adapter.State]
@@ -46,6 +46,15 @@ class Adapter(_message.Message):
         layer: int
         experts: int
         def __init__(self, layer: _Optional[int] = ..., experts: _Optional[int] = ...) -> None: ...
+    class Part(_message.Message):
+        __slots__ = ("adapter_id", "generation", "weight")
+        ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+        GENERATION_FIELD_NUMBER: _ClassVar[int]
+        WEIGHT_FIELD_NUMBER: _ClassVar[int]
+        adapter_id: str
+        generation: int
+        weight: float
+        def __init__(self, adapter_id: _Optional[str] = ..., generation: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +77,8 @@ class Adapter(_message.Message):
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     ERROR_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    DERIVED_FIELD_NUMBER: _ClassVar[int]
     name: str
     generation: int
     digest: str
@@ -90,7 +101,9 @@ class Adapter(_message.Message):
     warnings: _containers.RepeatedScalarFieldContainer[str]
     layers: _containers.RepeatedCompositeFieldContainer[Adapter.LayerCoverage]
     error_message: str
-    def __init__(self, name: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., placement: _Optional[_Union[Adapter.Placement, str]] = ..., device_slots: _Optional[_Iterable[int]] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., bytes_tensors: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., expert_count: _Optional[int] = ..., base_model: _Optional[str] = ..., pinned: _Optional[bool] = ..., inflight_requests: _Optional[int] = ..., load_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., source_path: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., layers: _Optional[_Iterable[_Union[Adapter.LayerCoverage, _Mapping]]] = ..., error_message: _Optional[str] = ...) -> None: ...
+    parts: _containers.RepeatedCompositeFieldContainer[Adapter.Part]
+    derived: bool
+    def __init__(self, name: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., placement: _Optional[_Union[Adapter.Placement, str]] = ..., device_slots: _Optional[_Iterable[int]] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., bytes_tensors: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., expert_count: _Optional[int] = ..., base_model: _Optional[str] = ..., pinned: _Optional[bool] = ..., inflight_requests: _Optional[int] = ..., load_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., source_path: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., layers: _Optional[_Iterable[_Union[Adapter.LayerCoverage, _Mapping]]] = ..., error_message: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Adapter.Part, _Mapping]]] = ..., derived: _Optional[bool] = ...) -> None: ...
 
 class Alias(_message.Message):
     __slots__ = ("alias", "adapter_id")
@@ -123,6 +136,32 @@ class LoadAdapterRequest(_message.Message):
     def __init__(self, adapter_id: _Optional[str] = ..., source_path: _Optional[str] = ..., expected_digest: _Optional[str] = ..., pinned: _Optional[bool] = ..., replace: _Optional[bool] = ..., expected_generation: _Optional[int] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ..., lazy: _Optional[bool] = ...) -> None: ...
 
 class LoadAdapterResponse(_message.Message):
+    __slots__ = ("adapter", "already_loaded")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    ALREADY_LOADED_FIELD_NUMBER: _ClassVar[int]
+    adapter: Adapter
+    already_loaded: bool
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., already_loaded: _Optional[bool] = ...) -> None: ...
+
+class ComposeAdapterRequest(_message.Message):
+    __slots__ = ("adapter_id", "expression", "pinned", "replace", "expected_generation", "validate_only", "request_id")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    EXPRESSION_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    VALIDATE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    expression: str
+    pinned: bool
+    replace: bool
+    expected_generation: int
+    validate_only: bool
+    request_id: str
+    def __init__(self, adapter_id: _Optional[str] = ..., expression: _Optional[str] = ..., pinned: _Optional[bool] = ..., replace: _Optional[bool] = ..., expected_generation: _Optional[int] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ComposeAdapterResponse(_message.Message):
     __slots__ = ("adapter", "already_loaded")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     ALREADY_LOADED_FIELD_NUMBER: _ClassVar[int]

@@ -40,6 +40,11 @@ class AdapterServiceStub:
                 request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
                 response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
                 _registered_method=True)
+        self.ComposeAdapter = channel.unary_unary(
+                '/graft.admin.v1.AdapterService/ComposeAdapter',
+                request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ComposeAdapterRequest.SerializeToString,
+                response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ComposeAdapterResponse.FromString,
+                _registered_method=True)
         self.UnloadAdapter = channel.unary_unary(
                 '/graft.admin.v1.AdapterService/UnloadAdapter',
                 request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.SerializeToString,
@@ -94,6 +99,16 @@ class AdapterServiceServicer:
     def LoadAdapter(self, request, context):
         """Loads an adapter while requests run; returns when requests may name it. Repeating the call with the same bytes
         is OK and answers already_loaded. If the caller goes away, the load continues.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ComposeAdapter(self, request, context):
+        """Gives a weighted sum of adapters a name. It is an adapter of its own generation, and stays what it is when its parts
+        are replaced or unloaded: compose it again with `replace` to follow them. While it is only on disk, which is where
+        the files of its parts are, it is made of them anew when a request names it, if they are still those that it was
+        made of.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -172,6 +187,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterRequest.FromString,
                     response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterResponse.SerializeToString,
             ),
+            'ComposeAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.ComposeAdapter,
+                    request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ComposeAdapterRequest.FromString,
+                    response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ComposeAdapterResponse.SerializeToString,
+            ),
             'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.UnloadAdapter,
                     request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.FromString,
@@ -246,6 +266,33 @@ class AdapterService:
             '/graft.admin.v1.AdapterService/LoadAdapter',
             graft_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
             graft_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ComposeAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graft.admin.v1.AdapterService/ComposeAdapter',
+            graft_dot_admin_dot_v1_dot_adapters__pb2.ComposeAdapterRequest.SerializeToString,
+            graft_dot_admin_dot_v1_dot_adapters__pb2.ComposeAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,
