@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from runtime.adapters.info import AdapterInfo
+from runtime.adapters.record import AdapterRecord
 from runtime.adapters.store import AdapterStore, StoreLimits
 from runtime.engine.messages import CallId, LoadAdapter, PinAdapter, UnloadAdapter
 from runtime.errors import GraftError
@@ -57,6 +58,14 @@ class StoreDriver:
     def start(self, name: str, path: Path, digest: str = "", **options: object) -> None:
         command = LoadAdapter(CallId(1), name, str(path), digest, **options)  # type: ignore[arg-type]
         self.store.load(command, self.replies.append)
+
+    def compose(self, name: str, expression: str, **options: object) -> None:
+        command = LoadAdapter(CallId(1), name, expression=expression, **options)  # type: ignore[arg-type]
+        self.store.load(command, self.replies.append)
+
+    def force(self, name: str) -> list[AdapterRecord]:
+        """Unload by force; returns the generations whose requests have to end."""
+        return self.store.unload(UnloadAdapter(CallId(1), name, force=True), self.replies.append)
 
     def unload(self, name: str, **options: object) -> None:
         self.store.unload(UnloadAdapter(CallId(1), name, **options), self.replies.append)  # type: ignore[arg-type]
