@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.cli_adapters import add_adapters
+from runtime.commands.adapter_arguments import add_adapters
 from runtime.config import DEVICES, DTYPES, EngineConfig, ServerConfig
 from runtime.env import configure_logging, default_admin, default_server
 from runtime.errors import GraftError

@@ -99,7 +99,7 @@ class DeviceTier:
             return record, error
         self._installing.pop(0)
         self._resident.add(record)
-        record.is_resident = True
+        record.is_resident, record.has_run = True, False
         record.resident_since = time.monotonic()
         self.counts.loads += 1
         self._on_change(record)
@@ -150,7 +150,7 @@ class DeviceTier:
     def _victims(self, num_bytes: int) -> list[AdapterRecord] | None:
         """The fewest adapters, least recently used first, whose leaving makes room; None if all of them do not."""
         victims: list[AdapterRecord] = []
-        candidates = sorted(filter(_may_leave, self._resident), key=lambda record: record.last_used)
+        candidates = sorted(filter(_may_leave, self._resident), key=lambda record: record.age)
         while not self._fits(num_bytes, victims):
             if not candidates:
                 return None
@@ -158,10 +158,15 @@ class DeviceTier:
         return victims
 
     def _let_yield(self) -> None:
-        """As many adapters as others wait for seats, those that have held theirs longest, beyond the cycle."""
+        """As many adapters as others wait for seats, those that have held theirs longest, beyond the cycle.
+
+        One whose requests found no place in a batch yet does not: it would leave with nothing done.
+        """
         num_yielding = sum(record.is_yielding for record in self._resident)
         due = time.monotonic() - self._cycle_seconds
-        staying = [record for record in self._resident if not record.is_yielding and not record.pinned]
+        staying = [
+            record for record in self._resident if record.has_run and not (record.is_yielding or record.pinned)
+        ]
         for record in sorted(staying, key=lambda record: record.resident_since):
             if num_yielding >= len(self._wanted) or record.resident_since > due:
                 break

@@ -22,11 +22,16 @@ class HostTier:
         """Bytes of all adapters here."""
         return sum(record.host_bytes for record in self._records)
 
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether so many bytes are free, or are those of adapters that may leave."""
+        leaving = sum(record.host_bytes for record in self._records if _may_leave(record))
+        return num_bytes <= self.max_bytes - self.used_bytes + leaving
+
     def admit(self, record: AdapterRecord, host: HostAdapter) -> list[AdapterRecord]:
         """Keep an adapter's pages; returns those that had to leave for it. Raises Exhausted if there is no room."""
         victims: list[AdapterRecord] = []
         room = self.max_bytes - self.used_bytes
-        candidates = sorted(filter(_may_leave, self._records - {record}), key=lambda record: record.last_used)
+        candidates = sorted(filter(_may_leave, self._records - {record}), key=lambda record: record.age)
         while room < host.num_bytes:
             if not candidates:
                 raise Exhausted(

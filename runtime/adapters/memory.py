@@ -25,7 +25,11 @@ OnSeated = Callable[[GraftError | None], None]
 
 
 class AdapterMemory:
-    """The tiers and the reader. `failures` are adapters that could not be brought, for the requests that wait."""
+    """The tiers and the reader. `failures` are adapters that could not be brought, for the requests that wait.
+
+    Adapters are read for requests one after the other. One that has been read while host memory is full of others that
+    are needed waits beside them until there is room, and nothing more is read for requests before that.
+    """
 
     def __init__(
         self, reader: AdapterReader, host: HostTier, device: DeviceTier, on_change: Callable[[AdapterRecord], None]
@@ -35,13 +39,17 @@ class AdapterMemory:
         self.device = device
         self.failures: list[tuple[AdapterRecord, GraftError]] = []
         self._on_change = on_change
-        self._reading: set[AdapterRecord] = set()
+        self._to_read: dict[AdapterRecord, None] = {}
+        self._reading: AdapterRecord | None = None
+        self._parked: ReadAdapter | None = None  # what was read for `_reading`
         self._on_seated: dict[AdapterRecord, OnSeated] = {}
 
     @property
     def has_work(self) -> bool:
         """Whether `advance` would do anything."""
-        return self.device.is_installing or self.reader.has_news or self.device.can_seat
+        if self.device.is_installing or self.reader.has_news or self.device.can_seat:
+            return True
+        return self._parked is not None and self._can_unpark(self._parked)
 
     def bring(self, record: AdapterRecord) -> None:
         """A request or a pin needs an adapter on the device: read it if need be, and queue for a place."""
@@ -49,12 +57,16 @@ class AdapterMemory:
             return
         if record.host is not None:
             self.device.want(record)
-        elif record not in self._reading:
-            self._reading.add(record)
-            if record.state is AdapterState.REGISTERED:
-                record.state = AdapterState.LOADING
-                self._on_change(record)
-            self.reader.read(record.name, record.source(), partial(self._brought, record))
+        elif record is not self._reading:
+            self._to_read[record] = None
+            self._read_next()
+
+    def waits(self, record: AdapterRecord) -> bool:
+        """Whether it waits for room on the device or in host memory, and not for its files."""
+        if record.is_yielding or record in self._to_read:
+            return True
+        has_been_read = record.host is not None or (record is self._reading and self._parked is not None)
+        return has_been_read and not self.device.holds(record)
 
     def keep(self, record: AdapterRecord, read: ReadAdapter) -> None:
         """Take what was read into host memory; raises Exhausted if it cannot have room there or on the device."""
@@ -85,6 +97,8 @@ class AdapterMemory:
         """Between two steps: take finished reads, give out places, copy one layer (all of them if `whole`)."""
         self.reader.deliver()
         self.device.seat_wanted()
+        if self._parked is not None and self._can_unpark(self._parked):
+            self._take_in()
         while self.device.is_installing:
             finished = self.device.advance()
             if finished is not None:
@@ -96,10 +110,12 @@ class AdapterMemory:
         """No request holds it any more, so it needs no place."""
         if not record.pinned:
             self.device.unwant(record)
+            self._to_read.pop(record, None)
 
     def drop(self, record: AdapterRecord) -> tuple[int, int]:
         """Free everything; returns how many bytes came back in host memory and on the device."""
         self._on_seated.pop(record, None)
+        self._to_read.pop(record, None)
         on_device = self.device.remove(record)
         return self.host.remove(record), on_device
 
@@ -110,14 +126,36 @@ class AdapterMemory:
         if record.references:
             self.bring(record)
 
+    def _read_next(self) -> None:
+        if self._reading is not None or not self._to_read:
+            return
+        self._reading = record = next(iter(self._to_read))
+        del self._to_read[record]
+        if record.state is AdapterState.REGISTERED:
+            record.state = AdapterState.LOADING
+            self._on_change(record)
+        self.reader.read(record.name, record.source(), partial(self._brought, record))
+
     def _brought(self, record: AdapterRecord, read: ReadAdapter | GraftError) -> None:
-        self._reading.discard(record)
-        if record.state is AdapterState.UNLOADED:
+        if isinstance(read, GraftError):
+            self._fail(record, as_changed(record.label, read))
+            return
+        self._parked = read
+        if self._can_unpark(read):
+            self._take_in()
+
+    def _can_unpark(self, read: ReadAdapter) -> bool:
+        """Whether there is room for what was read, or never will be, or nobody needs it any more."""
+        record = self._reading
+        is_needed = record is not None and (record.references > 0 or record.pinned)
+        return not is_needed or read.host.num_bytes > self.host.max_bytes or self.host.has_room(read.host.num_bytes)
+
+    def _take_in(self) -> None:
+        record, read = self._reading, self._parked
+        if record is None or read is None:
             return
         try:
-            if isinstance(read, GraftError):
-                raise as_changed(record.label, read)
-            if record.host is None:
+            if record.state is not AdapterState.UNLOADED and record.host is None:
                 self.keep(record, read)
         except GraftError as error:
             self._fail(record, error)
@@ -125,16 +163,21 @@ class AdapterMemory:
         if record.state is AdapterState.LOADING:
             record.state = AdapterState.READY
         record.error = None
-        if record.references or record.pinned:
-            self.bring(record)
-        self._on_change(record)
+        self._reading = self._parked = None
+        if record.state is not AdapterState.UNLOADED:
+            self._on_change(record)
+            if record.references or record.pinned:
+                self.bring(record)
+        self._read_next()
 
     def _fail(self, record: AdapterRecord, error: GraftError) -> None:
+        self._reading = self._parked = None
         if record.state is AdapterState.LOADING:
             record.state = AdapterState.REGISTERED
         record.error, record.retry_at = error, time.monotonic() + RETRY_SECONDS
         self.failures.append((record, error))
         self._on_change(record)
+        self._read_next()
 
     def _seated(self, record: AdapterRecord, error: Exception | None) -> None:
         on_seated = self._on_seated.pop(record, None)

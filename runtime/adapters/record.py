@@ -51,10 +51,11 @@ class Source:
 class AdapterRecord:
     """Owned by the engine loop. `references` counts requests that hold it, `num_running` those with a place in a batch.
 
-    It may run when `is_resident`: all its pages are on the device, under `slot`. While it `is_yielding`, others wait
-    for its slot and no sequence of it begins. `host` are its pages in host memory, if they are there. `digest` is that
-    of the bytes that were read, or must be read. After a failure `error` is told to requests until `retry_at`
-    (monotonic).
+    It may run when `is_resident`: all its pages are on the device, under `slot`; `has_run` once a sequence of it has
+    begun since then. While it `is_yielding`, others wait for its slot and no sequence of it begins. `host` are its
+    pages in host memory, if they are there. `digest` is that of the bytes that were read, or must be read. After a
+    failure `error` is told to requests until `retry_at` (monotonic).
+
     A sum of other generations has `parts` and no path. It is `derived` if it was made because requests named the sum:
     then it lives no longer than its parts, while one that an operator has named is a snapshot of its own.
     """
@@ -68,6 +69,7 @@ class AdapterRecord:
     slot: int = -1
     is_resident: bool = False
     is_yielding: bool = False
+    has_run: bool = False
     resident_since: float = 0.0
     host: HostAdapter | None = None
     references: int = 0
@@ -90,6 +92,11 @@ class AdapterRecord:
         """What it is made of now."""
         parts = tuple((part.weight, part.record.source()) for part in self.parts)
         return Source(self.label, self.path, self.digest, self.facts, self.host, parts)
+
+    @property
+    def age(self) -> tuple[float, int]:
+        """Who was used less recently is smaller; until its first use its load counts as one."""
+        return max(self.created, self.last_used), self.generation
 
     @property
     def host_bytes(self) -> int:

@@ -184,8 +184,8 @@ class AdapterStore:
         self._drains.end_overdue(time.monotonic())
 
     def waits_for_place(self, record: AdapterRecord) -> bool:
-        """Whether it is in host memory and has no place on the device, or yields its own."""
-        return record.is_yielding or (record.slot < 0 and record.host is not None)
+        """Whether it waits for room on the device or in host memory, and not for its files."""
+        return self.memory.waits(record)
 
     def no_place(self, record: AdapterRecord, waited_seconds: float) -> Exhausted:
         """What a request is told that has waited for so long in vain."""

@@ -117,7 +117,7 @@ class AdapterSums:
         if not idle:
             message = f"{len(everything)} different sums of adapters are in use, the most that may be: retry later"
             raise Exhausted(message, reason="ADAPTER_SUMS_FULL", field="adapter_id", retry_seconds=1.0)
-        self._end(min(idle, key=lambda record: record.last_used))
+        self._end(min(idle, key=lambda record: record.age))
 
     def _end(self, record: AdapterRecord) -> None:
         """No new requests get it; it is freed at once if nobody holds it."""

@@ -115,6 +115,9 @@ class Engine:
     def stats(self, iteration_tokens: int = 0) -> EngineStats:
         """Counters and gauges of this moment; a step adds how many tokens it computed."""
         blocks = self.scheduler.blocks
+        device, host = self.adapters.memory.device.counts, self.adapters.memory.host.counts
+        awaiting = [item.adapter for item in self.scheduler.awaiting_adapters() if item.adapter is not None]
+        num_for_device = sum(self.adapters.waits_for_place(adapter) for adapter in awaiting)
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
@@ -129,6 +132,14 @@ class Engine:
             adapter_host_bytes=self.adapters.host_bytes,
             iteration_tokens=iteration_tokens,
             estimated_wait_seconds=self.scheduler.estimated_wait_seconds(),
+            adapter_device_hits=device.hits,
+            adapter_device_loads=device.loads,
+            adapter_device_evictions=device.evictions,
+            adapter_host_hits=host.hits,
+            adapter_host_loads=host.loads,
+            adapter_host_evictions=host.evictions,
+            waiting_for_files=len(awaiting) - num_for_device,
+            waiting_for_device=num_for_device,
         )
 
     def _drain_inbox(self) -> None:

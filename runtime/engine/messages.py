@@ -205,7 +205,8 @@ class EngineStats:
     `running` sequences have begun; `paused` ones are those of them that wait for their readers.
     `iteration_tokens` counts what the step computed that these come with; 0 if they come with none.
     `estimated_wait_seconds` is how long a request that came now would wait for its first step, by the pace of the
-    last seconds; 0 if none waits.
+    last seconds; 0 if none waits. Of each tier of adapters, `hits` are requests that found theirs there, `loads`
+    adapters that came in, and `evictions` those that had to leave; waiting requests are counted by what they wait for.
     """
 
     running: int = 0
@@ -221,6 +222,14 @@ class EngineStats:
     adapter_host_bytes: int = 0
     iteration_tokens: int = 0
     estimated_wait_seconds: float = 0.0
+    adapter_device_hits: int = 0
+    adapter_device_loads: int = 0
+    adapter_device_evictions: int = 0
+    adapter_host_hits: int = 0
+    adapter_host_loads: int = 0
+    adapter_host_evictions: int = 0
+    waiting_for_files: int = 0
+    waiting_for_device: int = 0
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,7 @@ class Scheduler:
             self.running.append(sequence)
             if sequence.adapter is not None:
                 sequence.adapter.num_running += 1
+                sequence.adapter.has_run = True
             if sequence.queue_seconds is None:
                 sequence.queue_seconds = time.monotonic() - sequence.arrived
             admitted.append(sequence)

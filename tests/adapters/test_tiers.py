@@ -164,13 +164,14 @@ def test_a_registered_folder_that_is_broken_fails_its_own_requests_only(
 def test_an_adapter_that_held_its_place_for_the_cycle_yields_it_to_one_that_waits(
     make: MakeStore, files: Files
 ) -> None:
-    """Its request has not begun, so that nothing keeps it there; without a cycle it would stay."""
-    for cycle_seconds, moves in ((0.0, True), (1000.0, False)):
+    """Not before something has run on it, and then as soon as nothing runs; without a cycle it would stay."""
+    for cycle_seconds, has_run, moves in ((0.0, True, True), (0.0, False, False), (1000.0, True, False)):
         store = make(max_adapters=1, cycle_seconds=cycle_seconds)
         for name in ("one", "two"):
             store.load(name, files[name])
         first = store.store.acquire("one")
         store.until(lambda: first.is_resident)  # noqa: B023
+        first.has_run = has_run
         second = store.store.acquire("two")
         seen = set()
         for _ in range(20):
@@ -183,8 +184,10 @@ def test_a_yielding_adapter_stays_until_what_runs_on_it_has_ended(make: MakeStor
     store = make(max_adapters=1, cycle_seconds=0.0)
     for name in ("one", "two"):
         store.load(name, files[name])
-    running, waiting = store.store.acquire("one"), store.store.acquire("two")
-    running.num_running = 1
+    running = store.store.acquire("one")
+    store.until(lambda: running.is_resident)
+    waiting = store.store.acquire("two")
+    running.num_running, running.has_run = 1, True
     for _ in range(20):
         store.store.advance(whole=True)
     assert running.is_yielding and running.is_resident and not waiting.is_resident
