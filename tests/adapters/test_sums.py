@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import threading
 from pathlib import Path
@@ -316,3 +317,50 @@ def test_a_joined_rank_over_the_bound_is_refused_with_the_numbers(store: StoreDr
     assert store.store.info("j").lora_rank_max == 440
     error = _refusal(store, "k", "j+i")
     assert isinstance(error, Precondition) and "joined rank is 712" in error.message and "512" in error.message
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_comes_sums_get_the_generations_that_were_live_and_nothing_is_left(
+    seed: int, make: MakeStore, files: Files
+) -> None:
+    """Requests for sums, loads, replacements and unloads at random, in too little memory of both kinds."""
+    size = make().load("a", files["one"])
+    assert isinstance(size, AdapterInfo)
+    store = make(max_adapters=3, max_host_bytes=int(7.5 * size.device_bytes))
+    draw = random.Random(seed)
+    held: list[AdapterRecord] = []
+    num_made = 0
+    for _ in range(150):
+        name, path = draw.choice("abc"), files[draw.choice(list(files))]
+        match draw.randrange(7):
+            case 0:
+                store.start(name, path, replace=True, lazy=draw.random() < 0.3)
+            case 1:
+                store.unload(name, allow_missing=True)
+            case 2 | 3 | 4:
+                expression = "+".join(f"{draw.randint(1, 2)}*{part}" for part in draw.sample("abc", draw.randint(1, 3)))
+                try:
+                    held.append(store.store.acquire(expression))
+                except GraftError as error:
+                    assert isinstance(error, NotFound | Exhausted | Precondition)
+                    continue
+                live = {store.store.registry.get(part.record.name).generation for part in held[-1].parts}
+                assert live == {part.record.generation for part in held[-1].parts}
+                num_made += held[-1].derived
+            case 5 if held:
+                store.store.release(held.pop(draw.randrange(len(held))))
+            case _:
+                store.store.advance(whole=draw.random() < 0.5)
+                store.woken.wait(0.002)
+        for failed, _ in store.store.take_failures():
+            for record in [record for record in held if record is failed and not record.is_resident]:
+                held.remove(record)
+                store.store.release(record)
+    assert num_made > 10
+    for record in held:
+        store.store.release(record)
+    for name in "abc":
+        store.until(lambda name=name: not store.store._loads.is_changing(name))  # type: ignore[misc]
+        store.unload(name, allow_missing=True)
+    store.until(lambda: not store.store.infos() and not store.store.has_work)
+    assert store.store.pages.num_bytes == store.store.host_bytes == 0
