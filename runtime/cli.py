@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from runtime.commands.adapter_arguments import add_adapters
 from runtime.config import ADAPTER_WRITERS, DEVICES, DTYPES, EngineConfig, ServerConfig
 from runtime.env import configure_logging, default_admin, default_server
 from runtime.errors import GraftError
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_generate(commands)
-    _add_adapters(commands)
+    add_adapters(commands)
     _add_server(commands)
     _add_inspect(commands)
     _add_convert(commands)
@@ -102,7 +103,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="X",
         help="device memory for adapters",
     )
-    add("--max-adapters", type=int, default=engine.max_adapters, metavar="N", help="adapters that are loaded at once")
+    add("--max-adapters", type=int, default=engine.max_adapters, metavar="N", help="adapters on the device at once")
     add(
         "--metrics-max-adapters",
         type=int,
@@ -112,8 +113,35 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add("--max-batch-tokens", type=int, default=engine.max_batch_tokens, metavar="N", help="tokens in one step")
     add("--max-batch-size", type=int, default=engine.max_batch_size, metavar="N", help="sequences in one step")
+    _add_tiers(serve)
     _add_limits(serve)
     _add_times(serve)
+
+
+def _add_tiers(serve: argparse.ArgumentParser) -> None:
+    engine = EngineConfig(Path())
+    add = serve.add_argument
+    add(
+        "--adapter-host-memory-gib",
+        type=float,
+        default=engine.adapter_host_memory_gib,
+        metavar="X",
+        help="host memory for adapters; 0 takes twice --adapter-memory-gib",
+    )
+    add(
+        "--adapter-cycle-seconds",
+        type=float,
+        default=engine.adapter_cycle_seconds,
+        metavar="S",
+        help="how long an adapter keeps its place on the device while others wait for one",
+    )
+    add(
+        "--max-adapter-wait-seconds",
+        type=float,
+        default=engine.max_adapter_wait_seconds,
+        metavar="S",
+        help="how long a request waits for its adapter's place on the device before it is refused",
+    )
 
 
 def _add_limits(serve: argparse.ArgumentParser) -> None:
@@ -161,22 +189,6 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     where.add_argument("--local", type=Path, metavar="MODEL", help="run this model folder in this process instead")
     generate.add_argument("--adapter", metavar="NAME", help="an adapter on the server; with --local, its folder")
     generate.add_argument("prompt", metavar="PROMPT")
-
-
-def _add_adapters(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    adapters = commands.add_parser("adapters", help="load, unload and show adapters of a running server")
-    adapters.set_defaults(module="adapters")
-    actions = adapters.add_subparsers(dest="action", required=True, metavar="load|unload|list|show")
-    load = actions.add_parser("load", help="load an adapter folder under a name")
-    load.add_argument("name", metavar="NAME")
-    load.add_argument("path", metavar="PATH", help="relative to the server's adapters root")
-    unload = actions.add_parser("unload", help="take no new requests for an adapter and free it")
-    unload.add_argument("name", metavar="NAME")
-    listing = actions.add_parser("list", help="all adapters")
-    show = actions.add_parser("show", help="everything about one adapter")
-    show.add_argument("name", metavar="NAME")
-    for action in (load, unload, listing, show):
-        action.add_argument("--admin", default=default_admin(), metavar="H:P", help="admin port (default %(default)s)")
 
 
 def _add_server(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -18,7 +18,12 @@ MAX_QUEUED_OUTPUTS = 4096  # they may become one message, of which clients take 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the engine process needs. Zero means "choose from the model" for `max_model_len` and `kv_cache_tokens`."""
+    """What the engine process needs. Zero means "choose from the model" for `max_model_len` and `kv_cache_tokens`.
+
+    `max_adapters` slots and `adapter_memory_gib` bound what is on the device, `adapter_host_memory_gib` (0: twice as
+    much) what is in host memory beside it. While others wait for a slot, an adapter may keep its own for
+    `adapter_cycle_seconds`; a request waits for one for `max_adapter_wait_seconds` at most.
+    """
 
     model_path: Path
     device: str = "cpu"
@@ -30,6 +35,9 @@ class EngineConfig:
     max_batch_size: int = 64
     max_waiting_requests: int = 1024
     adapter_memory_gib: float = 1.0
+    adapter_host_memory_gib: float = 0.0
+    adapter_cycle_seconds: float = 2.0
+    max_adapter_wait_seconds: float = 60.0
     max_adapters: int = 64
     max_lora_rank: int = 128
     guide_cache_entries: int = 64
@@ -57,6 +65,11 @@ class EngineConfig:
             f"1..{MAX_WAITING_REQUESTS}",
         )
         _require(self.adapter_memory_gib > 0, "adapter_memory_gib", self.adapter_memory_gib, "> 0")
+        host = self.adapter_host_memory_gib
+        _require(host >= 0, "adapter_host_memory_gib", host, ">= 0 (0: twice adapter_memory_gib)")
+        cycle, wait = self.adapter_cycle_seconds, self.max_adapter_wait_seconds
+        _require(0 <= cycle <= DAY_SECONDS, "adapter_cycle_seconds", cycle, f"0..{DAY_SECONDS}")
+        _require(0 < wait <= DAY_SECONDS, "max_adapter_wait_seconds", wait, f"above 0, at most {DAY_SECONDS}")
         _require(1 <= self.max_adapters <= 10_000, "max_adapters", self.max_adapters, "1..10000")
         _require(1 <= self.max_lora_rank <= 512, "max_lora_rank", self.max_lora_rank, "1..512")
         _require(1 <= self.guide_cache_entries <= 10_000, "guide_cache_entries", self.guide_cache_entries, "1..10000")

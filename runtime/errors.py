@@ -105,7 +105,17 @@ class Internal(GraftError):
 
 _CLASSES: dict[ErrorKind, type[GraftError]] = {
     cls.kind: cls
-    for cls in (InvalidRequest, NotFound, AlreadyExists, Conflict, Precondition, Exhausted, Unavailable, Internal)
+    for cls in (
+        InvalidRequest,
+        NotFound,
+        AlreadyExists,
+        Conflict,
+        DeadlineExceeded,
+        Precondition,
+        Exhausted,
+        Unavailable,
+        Internal,
+    )
 }
 
 

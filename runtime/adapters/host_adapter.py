@@ -80,23 +80,25 @@ def to_host_adapter(
         for index, expert in sorted(by_expert.items()):
             by_rank.setdefault(layout.padded_rank(_rank(expert)), {})[index] = expert
         experts[layer] = [_expert_pages(rank, group, dtype, layout) for rank, group in sorted(by_rank.items())]
-    _require_finite(linears, experts, dtype)
+    require_finite(linears, experts)
     return HostAdapter(linears, experts)
 
 
-def _require_finite(
-    linears: Mapping[str, HostPages], experts: Mapping[int, Sequence[HostPages]], dtype: torch.dtype
-) -> None:
+def require_finite(linears: Mapping[str, HostPages], experts: Mapping[int, Sequence[HostPages]]) -> None:
     """Devices multiply rows of other requests, as zeros, with these factors: infinity would make them NaN."""
     named = list(linears.items())
     named += [(f"routed experts of layer {layer}", pages) for layer, group in experts.items() for pages in group]
     problems = [
-        f"{name}: factors overflow {str(dtype).removeprefix('torch.')} (B is multiplied by the adapter's scale)"
+        f"{name}: factors overflow {_dtype_name(pages)} (B is multiplied by the adapter's scale, and a part's weight)"
         for name, pages in named
         if not all(math.isfinite(end) for factor in pages.factors.values() for end in _ends(factor))
     ]
     if problems:
         raise AdapterError(f"adapter refused, {len(problems)} modules overflow", problems)
+
+
+def _dtype_name(pages: HostPages) -> str:
+    return str(next(iter(pages.factors.values())).dtype).removeprefix("torch.")
 
 
 def _ends(factor: Tensor) -> tuple[float, float]:

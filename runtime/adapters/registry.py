@@ -1,128 +1,173 @@
-"""Names, generations, slots and references of adapters: who may be used, and what can be freed."""
+"""Names, generations and aliases: which generation of an adapter a request gets, and which ones still run."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from runtime.adapters.info import AdapterState, AliasInfo
+from runtime.adapters.record import AdapterRecord, Part
+from runtime.errors import AlreadyExists, Conflict, Exhausted, NotFound
 
-from runtime.adapters.host_adapter import HostAdapter
-from runtime.adapters.info import AdapterInfo, AdapterState
-from runtime.errors import AlreadyExists, Conflict, Exhausted, GraftError, NotFound
-
-Reply = Callable[[AdapterInfo | GraftError], None]
-
-
-@dataclass
-class AdapterRecord:
-    """One generation of one adapter; owned by the engine loop."""
-
-    name: str
-    generation: int
-    path: str
-    expected_digest: str = ""
-    state: AdapterState = AdapterState.LOADING
-    digest: str = ""
-    slot: int = -1
-    references: int = 0
-    host: HostAdapter | None = None
-    lora_rank_max: int = 0
-    num_expert_pages: int = 0
-    target_modules: list[str] = field(default_factory=list)
-    tensor_bytes: int = 0
-    device_bytes: int = 0
-    warnings: list[str] = field(default_factory=list)
-    created: float = field(default_factory=time.time)
-    load_seconds: float = 0.0
-    last_used: float = 0.0
-    load_replies: list[Reply] = field(default_factory=list)
-    unload_replies: list[Reply] = field(default_factory=list)
-
-    def info(self, *, already_loaded: bool = False) -> AdapterInfo:
-        """A snapshot for the outside."""
-        return AdapterInfo(
-            name=self.name,
-            generation=self.generation,
-            digest=self.digest,
-            state=self.state,
-            lora_rank_max=self.lora_rank_max,
-            num_expert_pages=self.num_expert_pages,
-            target_modules=self.target_modules,
-            num_running=self.references,
-            host_bytes=self.host.num_bytes if self.host else 0,
-            device_bytes=self.device_bytes,
-            tensor_bytes=self.tensor_bytes,
-            slot=self.slot,
-            load_seconds=self.load_seconds,
-            last_used=self.last_used,
-            created=self.created,
-            source_path=self.path,
-            already_loaded=already_loaded,
-            warnings=self.warnings,
-        )
+MAX_ALIASES = 10_000
+GENERATION_SIGN = "@"
 
 
 class AdapterRegistry:
-    """The live record of each name. A generation is never used twice; slots are reused when freed."""
+    """A name has at most one live generation, which requests get, and one incoming, which is to replace it.
 
-    def __init__(self, max_slots: int) -> None:
-        self._records: dict[str, AdapterRecord] = {}
-        self._free_slots = list(range(max_slots - 1, -1, -1))
-        self._max_slots = max_slots
+    Any number of earlier generations drain. A generation is never used twice. Sums that requests have named are kept by
+    their parts' labels, apart from the names of operators.
+    """
+
+    def __init__(self, max_names: int) -> None:
+        self._live: dict[str, AdapterRecord] = {}
+        self._derived: dict[str, AdapterRecord] = {}
+        self._incoming: dict[str, AdapterRecord] = {}
+        self._draining: dict[int, AdapterRecord] = {}
+        self._aliases: dict[str, str] = {}
+        self._max_names = max_names
         self._last_generation = 0
 
-    def create(self, name: str, path: str, expected_digest: str) -> AdapterRecord:
-        """Begin a load: a LOADING record with its own generation and slot."""
-        if name in self._records:
-            raise Conflict(f"adapter {name!r} is {self._records[name].state}", reason="ADAPTER_BUSY")
-        if not self._free_slots:
-            raise Exhausted(
-                f"{self._max_slots} of {self._max_slots} adapter slots are in use: unload one or raise --max-adapters",
-                reason="ADAPTER_SLOTS_FULL",
-            )
-        self._last_generation += 1
-        record = AdapterRecord(name, self._last_generation, path, expected_digest, slot=self._free_slots.pop())
-        self._records[name] = record
+    def create(self, name: str, path: str, digest: str, state: AdapterState) -> AdapterRecord:
+        """A new generation: live if the name is free, else incoming. Raises AlreadyExists and Exhausted."""
+        if name in self._aliases:
+            message = f"{name!r} is an alias of {self._aliases[name]!r}: delete the alias first"
+            raise AlreadyExists(message, reason="ALIAS_EXISTS")
+        if name not in self._live and len(self._live) >= self._max_names:
+            message = f"{len(self._live)} of {self._max_names} adapter names are in use: unload one"
+            raise Exhausted(message, reason="ADAPTER_NAMES_FULL")
+        record = AdapterRecord(name, self._next_generation(), path, digest, state)
+        (self._incoming if name in self._live else self._live)[name] = record
         return record
 
-    def find(self, name: str) -> AdapterRecord | None:
-        """The record of a name, if there is one."""
-        return self._records.get(name)
-
-    def get(self, name: str) -> AdapterRecord:
-        """The record of a name; raises NotFound."""
-        record = self._records.get(name)
-        if record is None:
-            raise NotFound(f"adapter {name!r} is not loaded", reason="ADAPTER_NOT_FOUND")
+    def create_derived(self, name: str, parts: tuple[Part, ...]) -> AdapterRecord:
+        """A sum that requests name, under the name that tells its parts; nothing has been read for it."""
+        record = AdapterRecord(name, self._next_generation(), "", "", AdapterState.REGISTERED)
+        record.parts, record.derived = parts, True
+        self._derived[name] = record
         return record
 
-    def acquire(self, name: str) -> AdapterRecord:
-        """Take a reference for a request; a loading adapter may be waited for, a draining one not."""
-        record = self.get(name)
-        if record.state is AdapterState.DRAINING:
-            raise NotFound(f"adapter {name!r} is being unloaded", reason="ADAPTER_NOT_FOUND")
-        record.references += 1
-        record.last_used = time.time()
-        return record
+    def derived(self) -> dict[str, AdapterRecord]:
+        """The sums that requests may get, by name."""
+        return dict(self._derived)
 
-    def release(self, record: AdapterRecord) -> None:
-        """Give a reference back."""
-        record.references -= 1
+    def find_derived(self, name: str) -> AdapterRecord | None:
+        """The live sum of these parts, if requests have named it."""
+        return self._derived.get(name)
+
+    def derived_from(self, record: AdapterRecord) -> list[AdapterRecord]:
+        """The live sums that requests have named and that this generation is a part of."""
+        return [sum_ for sum_ in self._derived.values() if any(part.record is record for part in sum_.parts)]
+
+    def promote(self, record: AdapterRecord) -> AdapterRecord | None:
+        """Make an incoming generation live; returns the one that it replaces, which drains from now on."""
+        if self._incoming.get(record.name) is not record:
+            return None
+        del self._incoming[record.name]
+        replaced = self._live[record.name]
+        self._live[record.name] = record
+        self._drain(replaced)
+        return replaced
+
+    def retire(self, record: AdapterRecord) -> None:
+        """Let a live generation drain: its name is free."""
+        del (self._derived if record.derived else self._live)[record.name]
+        self._drain(record)
 
     def forget(self, record: AdapterRecord) -> None:
-        """Drop a record whose device pages are free."""
-        del self._records[record.name]
-        self._free_slots.append(record.slot)
-        record.slot = -1
+        """Drop a generation wherever it is."""
+        for by_name in (self._live, self._incoming, self._derived):
+            if by_name.get(record.name) is record:
+                del by_name[record.name]
+        self._draining.pop(record.generation, None)
 
-    def check_same(self, record: AdapterRecord, digest: str) -> None:
-        """Raise AlreadyExists if a ready name stands for other bytes."""
-        if record.digest != digest:
-            raise AlreadyExists(
-                f"adapter {record.name!r} is loaded with digest {record.digest}, not {digest}: unload it first",
-                reason="ADAPTER_EXISTS",
-            )
+    def find(self, name: str) -> AdapterRecord | None:
+        """The live generation of a name or an alias, if there is one."""
+        return self._live.get(self._aliases.get(name, name))
+
+    def incoming(self, name: str) -> AdapterRecord | None:
+        """The generation that is being loaded to replace the live one."""
+        return self._incoming.get(name)
+
+    def draining(self, name: str) -> list[AdapterRecord]:
+        """Generations of a name that only run to their end, oldest first."""
+        return [record for record in self._draining.values() if record.name == name]
+
+    def draining_sums(self, name: str) -> list[AdapterRecord]:
+        """Sums with a generation of this name that only run to their end."""
+        draining = self._draining.values()
+        return [item for item in draining if item.derived and any(part.record.name == name for part in item.parts)]
+
+    def get(self, reference: str) -> AdapterRecord:
+        """The live generation for NAME, ALIAS or NAME@GENERATION; raises NotFound, naming what is live."""
+        name, sign, generation = reference.partition(GENERATION_SIGN)
+        name = self.resolve(name)
+        record = self._live.get(name)
+        if record is None:
+            raise NotFound(self._absence(reference), reason="ADAPTER_NOT_FOUND")
+        if sign and generation != str(record.generation):
+            message = f"adapter {name!r} has no live generation {generation}: {record.generation} is live"
+            raise NotFound(message, reason="ADAPTER_NOT_FOUND")
+        return record
+
+    def any_of(self, reference: str) -> AdapterRecord:
+        """For operators: like `get`, but a generation that drains or comes in is found too."""
+        name, _, generation = reference.partition(GENERATION_SIGN)
+        name = self.resolve(name)
+        for record in (self._live.get(name), self._incoming.get(name), *reversed(self.draining(name))):
+            if record is not None and generation in ("", str(record.generation)):
+                return record
+        return self.get(reference)
+
+    def resolve(self, name: str) -> str:
+        """The adapter's name that an alias stands for; any other name is itself."""
+        return self._aliases.get(name, name)
+
+    def set_alias(self, alias: str, name: str) -> AliasInfo:
+        """Let an alias stand for a live adapter from now on; raises NotFound, AlreadyExists and Exhausted."""
+        if alias in self._live:
+            raise AlreadyExists(f"{alias!r} is the name of an adapter", reason="ADAPTER_EXISTS", field="alias")
+        if alias not in self._aliases and len(self._aliases) >= MAX_ALIASES:
+            raise Exhausted(f"there are {MAX_ALIASES} aliases, the most that may be", reason="ALIASES_FULL")
+        target = self.get(name).name
+        self._aliases[alias] = target
+        return AliasInfo(alias, target)
+
+    def delete_alias(self, alias: str) -> AliasInfo:
+        """Forget an alias; raises NotFound."""
+        if alias not in self._aliases:
+            raise NotFound(f"there is no alias {alias!r}", reason="ALIAS_NOT_FOUND", field="alias")
+        return AliasInfo(alias, self._aliases.pop(alias))
+
+    def aliases(self) -> list[AliasInfo]:
+        """All aliases by name."""
+        return [AliasInfo(alias, self._aliases[alias]) for alias in sorted(self._aliases)]
+
+    def check_generation(self, name: str, expected: int) -> None:
+        """Raise Conflict unless this is the live generation; 0 expects nothing."""
+        record = self.find(name)
+        if expected and (record is None or record.generation != expected):
+            live = "no generation of it is live" if record is None else f"generation {record.generation} is live"
+            message = f"adapter {name!r}: generation {expected} was expected, but {live}"
+            raise Conflict(message, reason="GENERATION_MISMATCH", field="expected_generation")
 
     def records(self) -> list[AdapterRecord]:
-        """All records by name."""
-        return [self._records[name] for name in sorted(self._records)]
+        """All generations of all names, by name and age."""
+        kinds = (self._live, self._incoming, self._derived, self._draining)
+        everything = [record for kind in kinds for record in kind.values()]
+        return sorted(everything, key=lambda record: (record.name, record.generation))
+
+    def _next_generation(self) -> int:
+        self._last_generation += 1
+        return self._last_generation
+
+    def _drain(self, record: AdapterRecord) -> None:
+        record.state = AdapterState.DRAINING
+        record.pinned = False
+        self._draining[record.generation] = record
+
+    def _absence(self, reference: str) -> str:
+        name = reference.partition(GENERATION_SIGN)[0]
+        if name in self._aliases:
+            return f"alias {name!r} stands for adapter {self._aliases[name]!r}, which is not loaded"
+        if self.draining(name):
+            return f"adapter {name!r} is being unloaded"
+        return f"adapter {name!r} is not loaded"

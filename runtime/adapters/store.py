@@ -1,52 +1,58 @@
-"""Adapters of one engine: loading beside the steps, becoming visible between two steps, draining, freeing."""
+"""Adapters of one engine: who may be named, what is loaded, replaced, pinned, drained and freed."""
 
 from __future__ import annotations
 
-import logging
-import queue
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from loaders.adapter import AdapterTargets, AdapterWeights, load_adapter
-from loaders.errors import LoadError
+from loaders.adapter import AdapterTargets
 from runtime.adapters.device_pages import DevicePages
-from runtime.adapters.host_adapter import FactorLayout, HostAdapter, to_host_adapter
+from runtime.adapters.device_tier import DeviceTier
+from runtime.adapters.drains import Drains
+from runtime.adapters.expression import is_sum
+from runtime.adapters.host_adapter import FactorLayout
+from runtime.adapters.host_tier import HostTier
 from runtime.adapters.info import AdapterInfo, AdapterState
-from runtime.adapters.registry import AdapterRecord, AdapterRegistry, Reply
-from runtime.errors import Conflict, Exhausted, GraftError, Internal, Precondition
-
-logger = logging.getLogger(__name__)
+from runtime.adapters.loads import Loads, Reply
+from runtime.adapters.memory import AdapterMemory
+from runtime.adapters.reader import AdapterReader, ReaderLimits
+from runtime.adapters.record import AdapterRecord
+from runtime.adapters.registry import AdapterRegistry
+from runtime.adapters.sums import AdapterSums
+from runtime.engine.messages import LoadAdapter, PinAdapter, UnloadAdapter
+from runtime.errors import Conflict, Exhausted, GraftError
 
 # Files are often float32 where the device holds 16 bits; larger ones cannot fit, so they are not read at all.
 MAX_FILE_BYTES_PER_DEVICE_BYTE = 2
-MAX_TOLD_PROBLEMS = 100
+MAX_NAMES = 10_000
+MAX_JOINED_RANK = 512
 
 
 @dataclass(frozen=True)
 class StoreLimits:
-    """Bounds of the store."""
+    """Bounds of the store. `cycle_seconds`: how long an adapter may keep its place while others wait for one.
+
+    `max_lora_rank` is that of an adapter's files; a weighted sum of adapters may have `max_joined_rank`.
+    """
 
     max_adapters: int
     max_lora_rank: int
     max_device_bytes: int
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A file that the thread has read and converted; its digest is checked there too."""
-
-    weights: AdapterWeights
-    host: HostAdapter
-    seconds: float
+    max_host_bytes: int = 2**40
+    cycle_seconds: float = math.inf
+    max_names: int = MAX_NAMES
+    max_joined_rank: int = MAX_JOINED_RANK
 
 
 class AdapterStore:
-    """Owned by the engine loop, which calls every method; only file reading and conversion run in a thread."""
+    """Owned by the engine loop, which calls every method; only file reading and conversion run in a thread.
+
+    `on_change` hears of every change of a state, a place or a pin, in order.
+    """
 
     def __init__(
         self,
@@ -59,240 +65,201 @@ class AdapterStore:
     ) -> None:
         num_experts = max((shape.num_experts for shape in targets.experts.values()), default=0)
         self.pages = DevicePages(num_experts, limits.max_adapters, device)
-        self._targets = targets
+        self.registry = AdapterRegistry(limits.max_names)
+        self.on_change: Callable[[AdapterInfo], None] = _ignore
+        self.have_left = False  # an adapter left the device, or has to: sequences may have to wait for it again
+        max_file_bytes = MAX_FILE_BYTES_PER_DEVICE_BYTE * limits.max_device_bytes
+        reader_limits = ReaderLimits(
+            limits.max_lora_rank, max_file_bytes, limits.max_joined_rank, limits.max_device_bytes
+        )
+        reader = AdapterReader(targets, reader_limits, dtype, layout, wake)
+        tier = DeviceTier(self.pages, limits.max_device_bytes, limits.cycle_seconds, self._moved)
+        self.memory = AdapterMemory(reader, HostTier(limits.max_host_bytes), tier, self._changed)
+        self._sums = AdapterSums(self.registry, self.memory, self._free_if_idle)
+        self._drains = Drains()
+        self._loads = Loads(self.registry, self.memory, self._changed, self._free_if_idle, self.check_pins)
         self._limits = limits
-        self._dtype = dtype
-        self._layout = layout
-        self._wake = wake
-        self._registry = AdapterRegistry(limits.max_adapters)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
-        self._reads: queue.SimpleQueue[tuple[AdapterRecord, Future[_Read]]] = queue.SimpleQueue()
-        self._installing: list[tuple[AdapterRecord, Iterator[None]]] = []
 
-    def load(self, name: str, path: str, expected_digest: str, reply: Reply) -> None:
-        """Start a load; `reply` is called once, by a later `advance`. The same load under way is joined.
+    def load(self, command: LoadAdapter, reply: Reply) -> None:
+        """Start a load; `reply` is called once, perhaps by a later `advance`. The same load under way is joined."""
+        try:
+            self._loads.start(command, reply)
+        except GraftError as error:
+            reply(error)
 
-        A name that is ready already is compared by digest: the same bytes succeed, others are refused.
+    def unload(self, command: UnloadAdapter, reply: Reply) -> list[AdapterRecord]:
+        """Take no new requests for a name; `reply` comes when its memory is free. Returns the generations that drain.
+
+        An earlier unload of the same name is joined.
         """
         try:
-            record = self._registry.find(name)
-            if record is None or record.state is AdapterState.READY:
-                self._start(name, path, expected_digest, reply, record)
-            elif record.state is AdapterState.LOADING and (record.path, record.expected_digest) == (
-                path,
-                expected_digest,
-            ):
-                record.load_replies.append(reply)
-            else:
-                raise Conflict(f"adapter {name!r} is {record.state}: try again later", reason="ADAPTER_BUSY")
-        except GraftError as error:
-            reply(error)
-
-    def unload(self, name: str, reply: Reply) -> None:
-        """Take no new requests for a name; `reply` comes when its memory is free."""
-        try:
-            record = self._registry.get(name)
-            if record.state is AdapterState.LOADING:
+            name = self.registry.resolve(command.name)
+            if self._loads.is_changing(name):
                 raise Conflict(f"adapter {name!r} is still loading: try again later", reason="ADAPTER_BUSY")
-            record.state = AdapterState.DRAINING
-            record.unload_replies.append(reply)
-            self._free_if_idle(record)
+            record = self.registry.find(name)
+            if record is None and not self._draining(name):
+                self.registry.get(name)
+            self.registry.check_generation(name, command.expected_generation)
         except GraftError as error:
             reply(error)
+            return []
+        if record is not None:
+            self.registry.retire(record)
+            for changed in (record, *self._sums.retire(record)):
+                self._changed(changed)
+        draining = self._draining(name)
+        self._drains.wait(draining, command.drain_seconds, reply)
+        for old in draining:
+            self._free_if_idle(old)
+        return draining
 
-    @property
-    def num_resident(self) -> int:
-        """Adapters that are ready, or draining and still in use."""
-        return sum(record.state is not AdapterState.LOADING for record in self._registry.records())
+    def pin(self, command: PinAdapter, reply: Reply) -> None:
+        """Keep an adapter on the device, where it is brought if need be, or let it go again."""
+        try:
+            record = self.registry.get(command.name)
+            if command.pinned and not record.pinned:
+                self.check_pins(record)
+            record.pinned = command.pinned
+        except GraftError as error:
+            reply(error)
+            return
+        if record.pinned and record.state is not AdapterState.LOADING:
+            self.memory.bring(record)
+        elif not record.references:
+            self.memory.release(record)
+        self._changed(record)
+        reply(record.info())
 
-    @property
-    def host_bytes(self) -> int:
-        """Host memory of adapters on their way to the device."""
-        return sum(record.host.num_bytes for record, _ in self._installing if record.host is not None)
+    def check_pins(self, record: AdapterRecord) -> None:
+        """Raise Exhausted if one pin more would leave no place for others."""
+        pins = [other for other in self.registry.records() if other.pinned and other.name != record.name]
+        limit = max(1, self._limits.max_adapters - 1)
+        num_bytes = sum(other.facts.device_bytes for other in pins) + record.facts.device_bytes
+        if len(pins) >= limit or num_bytes > self._limits.max_device_bytes:
+            raise Exhausted(
+                f"adapter {record.name!r} cannot be pinned: {len(pins)} adapters are, {limit} of "
+                f"{self._limits.max_adapters} slots may be, and with it they would take {num_bytes} of "
+                f"{self._limits.max_device_bytes} bytes",
+                reason="PINS_FULL",
+            )
 
     def infos(self) -> list[AdapterInfo]:
-        """Snapshots of all adapters by name."""
-        return [record.info() for record in self._registry.records()]
+        """Snapshots of all generations by name and age."""
+        return [record.info() for record in self.registry.records()]
 
-    def info(self, name: str) -> AdapterInfo:
-        """Snapshot of one adapter; raises NotFound."""
-        return self._registry.get(name).info()
+    def info(self, reference: str) -> AdapterInfo:
+        """Snapshot of one adapter by NAME, ALIAS, NAME@GENERATION or a sum of such; raises NotFound."""
+        if is_sum(reference):
+            return self._sums.find(reference).info()
+        return self.registry.any_of(reference).info()
 
-    def acquire(self, name: str) -> AdapterRecord:
-        """A reference for one request; raises NotFound. Give it back with `release`."""
-        return self._registry.acquire(name)
+    def acquire(self, reference: str) -> AdapterRecord:
+        """A reference for one request by NAME, ALIAS, NAME@GENERATION or a sum of such. Give it back with `release`.
+
+        It may still be on its way to the device. Raises NotFound, InvalidRequest and Exhausted, and what its last
+        read failed with, if that was just now.
+        """
+        record = self._sums.get(reference)
+        if record.error is not None and time.monotonic() < record.retry_at:
+            raise record.error
+        tier = self.memory.device if record.is_resident else self.memory.host
+        tier.counts.hits += record.is_resident or record.host is not None
+        record.references += 1
+        record.last_used = time.time()
+        if record.state is not AdapterState.LOADING:
+            self.memory.bring(record)
+        return record
 
     def release(self, record: AdapterRecord) -> None:
         """Give a request's reference back; the last one of a draining adapter frees it."""
-        self._registry.release(record)
-        self._free_if_idle(record)
+        record.references -= 1
+        if not record.references:
+            self.memory.release(record)
+            self._free_if_idle(record)
+            self._sums.follow(record)
 
     def advance(self, *, whole: bool) -> None:
-        """Between two steps: take finished reads, copy one layer to the device (all of them if `whole`)."""
-        while not self._reads.empty():
-            self._accept(*self._reads.get())
-        while self._installing:
-            record, steps = self._installing[0]
-            try:
-                is_done = next(steps, self) is self
-            except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                self._abandon(record, error)
-                continue
-            if is_done:
-                self._installing.pop(0)
-                self._make_ready(record)
-            elif not whole:
-                return
+        """Between two steps: take finished reads, give out places, copy one layer (all of them if `whole`)."""
+        self.memory.advance(whole=whole)
+        self._drains.end_overdue(time.monotonic())
+
+    def waits_for_place(self, record: AdapterRecord) -> bool:
+        """Whether it waits for room on the device or in host memory, and not for its files."""
+        return self.memory.waits(record)
+
+    def no_place(self, record: AdapterRecord, waited_seconds: float) -> Exhausted:
+        """What a request is told that has waited for so long in vain."""
+        tier = self.memory.device
+        message = (
+            f"adapter {record.name!r} had no place on the device for {waited_seconds:g} s: {tier.num_resident} of "
+            f"{self._limits.max_adapters} slots and {tier.used_bytes} of {tier.max_bytes} bytes are taken, and "
+            f"{tier.num_wanted} adapters wait; retry later, or raise --max-adapters or --adapter-memory-gib"
+        )
+        return Exhausted(message, reason="ADAPTER_WAIT_TIMEOUT", retry_seconds=1.0)
+
+    def take_failures(self) -> list[tuple[AdapterRecord, GraftError]]:
+        """Adapters that could not be brought to the device: the requests that wait for them have to end."""
+        failures, self.memory.failures = self.memory.failures, []
+        return failures
 
     @property
-    def is_installing(self) -> bool:
-        """Whether copies to the device are under way."""
-        return bool(self._installing) or not self._reads.empty()
+    def has_work(self) -> bool:
+        """Whether `advance` would do anything now."""
+        return self.memory.has_work or time.monotonic() >= self.next_due
+
+    @property
+    def next_due(self) -> float:
+        """When somebody has waited long enough for a drain, on the monotonic clock; infinity if nobody waits."""
+        return self._drains.next_due
+
+    @property
+    def num_resident(self) -> int:
+        """Adapters on the device."""
+        return self.memory.device.num_resident
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of adapters."""
+        return self.memory.host.used_bytes
 
     def close(self) -> None:
         """Stop the loading thread after its current file."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self.memory.reader.close()
 
-    def _start(self, name: str, path: str, digest: str, reply: Reply, live: AdapterRecord | None) -> None:
-        """Read the file in the thread; with a live record of this name only its digest is compared."""
-        if live is None:
-            record = self._registry.create(name, path, digest)
-        else:
-            record = AdapterRecord(name, live.generation, path, digest)
-        record.load_replies.append(reply)
-        future = self._thread.submit(self._read, record)
-        future.add_done_callback(lambda done: self._hand_over(record, done))
+    def _moved(self, record: AdapterRecord) -> None:
+        """The device tier has let it in or out, or it has to yield."""
+        if not record.is_resident:
+            self.memory.left_device(record)
+        self.have_left |= not record.is_resident or record.is_yielding
+        self._changed(record)
 
-    def _read(self, record: AdapterRecord) -> _Read:
-        """Runs in the thread."""
-        started = time.monotonic()
-        weights = load_adapter(
-            Path(record.path),
-            self._targets,
-            max_lora_rank=self._limits.max_lora_rank,
-            max_bytes=MAX_FILE_BYTES_PER_DEVICE_BYTE * self._limits.max_device_bytes,
-        )
-        if record.expected_digest and weights.digest != record.expected_digest:
-            raise Precondition(
-                f"adapter {record.name!r} has digest {weights.digest}, expected {record.expected_digest}",
-                reason="DIGEST_MISMATCH",
-                field="expected_digest",
-            )
-        host = to_host_adapter(weights, self._dtype, self._layout)
-        return _Read(weights, host, time.monotonic() - started)
+    def _changed(self, record: AdapterRecord) -> None:
+        self.on_change(record.info())
+        self._sums.follow(record)
 
-    def _hand_over(self, record: AdapterRecord, done: Future[_Read]) -> None:
-        """Runs in the thread: the engine loop takes it from here."""
-        self._reads.put((record, done))
-        self._wake()
+    def _draining(self, name: str) -> list[AdapterRecord]:
+        """What has to end before a name has left the memory: sums that requests have named, and its generations."""
+        return self.registry.draining_sums(name) + self.registry.draining(name)
 
-    def _accept(self, record: AdapterRecord, done: Future[_Read]) -> None:
-        live = self._registry.find(record.name)
-        error = _as_graft_error(record.name, done.exception())
-        try:
-            if error is not None:
-                raise error
-            read = done.result()
-            if live is not record:
-                self._answer_live(record, live, read.weights.digest)
-                return
-            self._reserve(read.host)
-            _describe(record, read)
-            self._installing.append((record, self.pages.install(record.slot, read.host)))
-        except GraftError as refusal:
-            self._fail(record, refusal)
-
-    def _answer_live(self, record: AdapterRecord, live: AdapterRecord | None, digest: str) -> None:
-        """A load of a name that was already there: the same bytes are fine, other bytes are not replaced."""
-        if live is None or live.state is not AdapterState.READY:
-            raise Conflict(f"adapter {record.name!r} was unloaded meanwhile: load again", reason="ADAPTER_BUSY")
-        self._registry.check_same(live, digest)
-        _reply_all(record.load_replies, live.info(already_loaded=True))
-
-    def _reserve(self, host: HostAdapter) -> None:
-        used = sum(record.device_bytes for record in self._registry.records())
-        limit = self._limits.max_device_bytes
-        if used + host.num_bytes > limit:
-            raise Exhausted(
-                f"adapter memory is full: {host.num_bytes} bytes needed, {used} of {limit} in use; "
-                "unload an adapter or raise --adapter-memory-gib",
-                reason="ADAPTER_MEMORY_FULL",
-            )
-
-    def _make_ready(self, record: AdapterRecord) -> None:
-        record.state = AdapterState.READY
-        record.host = None
-        _reply_all(record.load_replies, record.info())
-
-    def _abandon(self, record: AdapterRecord, error: Exception) -> None:
-        """Undo an install that broke off half-way: everything is as before the load."""
-        logger.error("adapter %r could not be copied to the device", record.name, exc_info=error)
-        self._installing.pop(0)
-        self.pages.remove(record.slot)
-        message = f"the device has no room for adapter {record.name!r} ({record.device_bytes} bytes)"
-        self._fail(record, Exhausted(message, reason="DEVICE_MEMORY_FULL"))
-
-    def _fail(self, record: AdapterRecord, error: GraftError) -> None:
-        """End a load; requests that wait for it find the state FAILED."""
-        if self._registry.find(record.name) is record:
-            record.state = AdapterState.FAILED
-            self._registry.forget(record)
-        _reply_all(record.load_replies, error)
+    def _retire_sums(self, part: AdapterRecord) -> None:
+        """What requests have named as a sum with this generation is for no new request any more."""
+        for record in self._sums.retire(part):
+            self._changed(record)
+            self._free_if_idle(record)
 
     def _free_if_idle(self, record: AdapterRecord) -> None:
-        if record.state is not AdapterState.DRAINING or record.references:
+        if record.state is not AdapterState.DRAINING:
             return
-        self.pages.remove(record.slot)
+        self._retire_sums(record)
+        if record.references:
+            return
+        host_bytes, device_bytes = self.memory.drop(record)
         record.state = AdapterState.UNLOADED
-        record.device_bytes = 0
-        self._registry.forget(record)
-        _reply_all(record.unload_replies, record.info())
+        self.registry.forget(record)
+        info = record.info(freed_host_bytes=host_bytes, freed_device_bytes=device_bytes)
+        self.on_change(info)
+        self._drains.freed(record, info)
 
 
-def _describe(record: AdapterRecord, read: _Read) -> None:
-    weights, host = read.weights, read.host
-    leaves = {name.rsplit(".", 1)[-1] for name in weights.linears}
-    ranks = [pages.lora_rank for layer in host.experts.values() for pages in layer]
-    ranks += [pages.lora_rank for pages in host.linears.values()]
-    record.digest = weights.digest
-    record.host = host
-    record.lora_rank_max = max(ranks, default=0)
-    record.num_expert_pages = host.num_expert_pages
-    record.target_modules = sorted(leaves) + (["experts"] if host.experts else [])
-    record.tensor_bytes = weights.num_bytes
-    record.device_bytes = host.num_bytes
-    record.warnings = _printable(weights.warnings)
-    record.load_seconds = read.seconds
-
-
-def _as_graft_error(name: str, error: BaseException | None) -> GraftError | None:
-    """What the client is told: every problem of a refused file, but no internals of an unexpected failure."""
-    if error is None or isinstance(error, GraftError):
-        return error
-    if isinstance(error, LoadError):
-        problems = _printable(error.problems or (error.headline,))
-        (headline,) = _printable((error.headline,))
-        return Precondition(f"adapter {name!r} is refused: {headline}", reason="ADAPTER_REFUSED", problems=problems)
-    logger.error("adapter %r could not be read", name, exc_info=error)
-    return Internal(f"adapter {name!r} could not be read; the server's log says why", reason="ADAPTER_LOAD_FAILED")
-
-
-def _printable(texts: Sequence[str]) -> list[str]:
-    """Bounded and valid UTF-8: names in a file or a folder can be anything."""
-    told = [text.encode("utf-8", "backslashreplace").decode() for text in texts[:MAX_TOLD_PROBLEMS]]
-    if len(texts) > MAX_TOLD_PROBLEMS:
-        told.append(f"and {len(texts) - MAX_TOLD_PROBLEMS} more")
-    return told
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """The CPU's allocator has no class of its own for it."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _reply_all(replies: list[Reply], answer: AdapterInfo | GraftError) -> None:
-    for reply in replies:
-        reply(answer)
-    replies.clear()
+def _ignore(_: AdapterInfo) -> None:
+    """Until somebody wants to know."""

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from runtime import demo
+from runtime.adapters.expression import ADAPTER_ID
 from runtime.config import EngineConfig, ServerConfig
 from runtime.server import event_loop
-from runtime.server.limits import ADAPTER_ID
 from runtime.server.server import Addresses, serve
 
 READY = "ready: "
@@ -35,6 +35,9 @@ def build_config(options: argparse.Namespace) -> ServerConfig:
         max_waiting_requests=options.max_waiting_requests,
         adapter_memory_gib=options.adapter_memory_gib,
         max_adapters=options.max_adapters,
+        adapter_host_memory_gib=options.adapter_host_memory_gib,
+        adapter_cycle_seconds=options.adapter_cycle_seconds,
+        max_adapter_wait_seconds=options.max_adapter_wait_seconds,
     )
     config = ServerConfig(
         engine=engine,

@@ -12,36 +12,34 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from runtime.adapters.info import AdapterInfo
-from runtime.adapters.registry import AdapterRecord
+from runtime.adapters.record import AdapterRecord
 from runtime.config import EngineConfig
+from runtime.engine.adapter_calls import AdapterCalls
 from runtime.engine.batch import Batch
 from runtime.engine.messages import (
-    AdapterReply,
+    AdapterCall,
+    AdapterChanged,
     AddRequest,
-    CallFailed,
-    CallId,
     CancelRequest,
     Command,
     EngineStats,
     Event,
     FinishReason,
-    ListAdapters,
-    LoadAdapter,
     PauseRequest,
     PromptScored,
+    RequestAccepted,
     RequestFailed,
     RequestId,
     SequenceOutput,
+    Shutdown,
     StepOutputs,
     TokenScore,
-    UnloadAdapter,
 )
 from runtime.engine.runner import StepResult
 from runtime.engine.sampler import SampledToken
 from runtime.engine.sequence import Sequence
 from runtime.engine.start import start
-from runtime.errors import ErrorKind, Exhausted, GraftError, Internal, InvalidRequest, NotFound
+from runtime.errors import Aborted, ErrorKind, Exhausted, GraftError, Internal, InvalidRequest, NotFound
 
 
 class Engine:
@@ -60,6 +58,8 @@ class Engine:
         self.guides = parts.guides
         self.sampler = parts.sampler
         self._events: list[Event] = []
+        self._adapter_calls = AdapterCalls(parts.adapters, self._emit)
+        parts.adapters.on_change = lambda info: self._emit(AdapterChanged(info))
         self._num_steps = 0
         self._num_prompt_tokens = 0
         # No sequence is due before this Unix time; the sequence that it was taken from may have ended.
@@ -74,7 +74,7 @@ class Engine:
         """Whether `step` would do anything now."""
         if self.scheduler.can_run() or not self._inbox.empty():
             return True
-        if self.adapters.is_installing or self.guides.has_news:
+        if self.adapters.has_work or self.guides.has_news:
             return True
         return time.time() >= self._next_deadline
 
@@ -82,7 +82,8 @@ class Engine:
         """Sleep until there is something to do (a command, a loaded file, a guide, a deadline) or the time is over."""
         if self.has_work():
             return True
-        self._wake.wait(max(0.0, min(timeout_seconds, self._next_deadline - time.time())))
+        due_seconds = min(self._next_deadline - time.time(), self.adapters.next_due - time.monotonic())
+        self._wake.wait(max(0.0, min(timeout_seconds, due_seconds)))
         self._wake.clear()
         return self.has_work()
 
@@ -90,6 +91,9 @@ class Engine:
         """One step: take commands, let in loaded adapters and guides, pick a batch, run it, account for its tokens."""
         self._drain_inbox()
         self.adapters.advance(whole=not self.scheduler.is_running)
+        if self.adapters.have_left:
+            self.adapters.have_left = False
+            self.scheduler.watch_awaiting()
         self.guides.take_answers()
         self._end_lost()
         self._end_overdue()
@@ -111,6 +115,9 @@ class Engine:
     def stats(self, iteration_tokens: int = 0) -> EngineStats:
         """Counters and gauges of this moment; a step adds how many tokens it computed."""
         blocks = self.scheduler.blocks
+        device, host = self.adapters.memory.device.counts, self.adapters.memory.host.counts
+        awaiting = [item.adapter for item in self.scheduler.awaiting_adapters() if item.adapter is not None]
+        num_for_device = sum(self.adapters.waits_for_place(adapter) for adapter in awaiting)
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
@@ -125,6 +132,14 @@ class Engine:
             adapter_host_bytes=self.adapters.host_bytes,
             iteration_tokens=iteration_tokens,
             estimated_wait_seconds=self.scheduler.estimated_wait_seconds(),
+            adapter_device_hits=device.hits,
+            adapter_device_loads=device.loads,
+            adapter_device_evictions=device.evictions,
+            adapter_host_hits=host.hits,
+            adapter_host_loads=host.loads,
+            adapter_host_evictions=host.evictions,
+            waiting_for_files=len(awaiting) - num_for_device,
+            waiting_for_device=num_for_device,
         )
 
     def _drain_inbox(self) -> None:
@@ -144,13 +159,22 @@ class Engine:
                 sequence = self.scheduler.find(command.request_id)
                 if sequence is not None:
                     self.scheduler.pause(sequence, paused=command.paused)
-            case LoadAdapter():
-                reply = self._replier(command.call_id)
-                self.adapters.load(command.name, command.path, command.expected_digest, reply)
-            case UnloadAdapter():
-                self._unload(command)
-            case ListAdapters():
-                self._list(command)
+            case Shutdown():
+                pass
+            case _:
+                self._call(command)
+
+    def _call(self, command: AdapterCall) -> None:
+        for record in self._adapter_calls.take(command):
+            error = Aborted(f"adapter {record.name!r} was unloaded by force", reason="ADAPTER_UNLOADED")
+            self._fail_users(record, error, begun=True)
+
+    def _fail_users(self, record: AdapterRecord, error: GraftError, *, begun: bool) -> None:
+        """End the requests of a generation with an error: all of them, or only those that have no place in a batch."""
+        for sequence in self.scheduler.sequences():
+            if sequence.adapter is record and (begun or not sequence.blocks):
+                self._end(sequence)
+                self._fail(sequence.request_id, error)
 
     def _add(self, request: AddRequest) -> None:
         adapter: AdapterRecord | None = None
@@ -163,6 +187,8 @@ class Engine:
                 error.field = "adapter_id"  # only the name is known where the adapter was looked up
             self._fail(request.request_id, error)
             return
+        if adapter is not None:
+            self._emit(RequestAccepted(request.request_id, adapter.name, adapter.generation, adapter.label))
         self._num_prompt_tokens += len(request.prompt_ids)
         spec = request.params.guide
         guide = self.guides.open(request.request_id, spec) if spec is not None else None
@@ -191,47 +217,28 @@ class Engine:
             message = f"{len(self.scheduler.waiting)} requests are waiting, the most that may: retry later"
             raise Exhausted(message, reason="QUEUE_FULL", retry_seconds=1.0)
 
-    def _unload(self, command: UnloadAdapter) -> None:
-        reply = self._replier(command.call_id)
-
-        def reply_unless_missing(answer: AdapterInfo | GraftError) -> None:
-            if isinstance(answer, NotFound) and command.allow_missing:
-                self._events.append(AdapterReply(command.call_id, []))
-            else:
-                reply(answer)
-
-        self.adapters.unload(command.name, reply_unless_missing)
-
-    def _list(self, command: ListAdapters) -> None:
-        try:
-            infos = [self.adapters.info(command.name)] if command.name else self.adapters.infos()
-            self._events.append(AdapterReply(command.call_id, infos))
-        except GraftError as error:
-            self._replier(command.call_id)(error)
-
-    def _replier(self, call_id: CallId) -> Callable[[AdapterInfo | GraftError], None]:
-        def reply(answer: AdapterInfo | GraftError) -> None:
-            if isinstance(answer, AdapterInfo):
-                self._events.append(AdapterReply(call_id, [answer]))
-            else:
-                failed = CallFailed(
-                    call_id, answer.kind, answer.message, answer.reason, answer.field, list(answer.problems)
-                )
-                self._events.append(failed)
-
-        return reply
-
     def _end_lost(self) -> None:
-        """End the requests that waited for an adapter whose load failed, and those whose guide cannot be followed."""
-        for sequence in self.scheduler.settle_awaiting():
-            self._end(sequence)
-            message = "the adapter that this request waited for could not be loaded"
-            self._fail(sequence.request_id, NotFound(message, reason="ADAPTER_NOT_FOUND", field="adapter_id"))
+        """End the requests whose adapter could not be brought here, and those whose guide cannot be followed."""
+        for record, error in self.adapters.take_failures():
+            self._fail_users(record, error, begun=False)
+        self.scheduler.settle_awaiting()
+        self._end_long_waits()
         for guide in self.guides.take_failed():
             guided = self.scheduler.find(guide.request_id)
             if guided is not None and guide.error is not None:
                 self._end(guided)
                 self._fail(guide.request_id, guide.error)
+
+    def _end_long_waits(self) -> None:
+        """End the requests that have waited too long for their adapter's place; what is being read takes its time."""
+        bound = self.config.max_adapter_wait_seconds
+        since = time.monotonic() - bound
+        for sequence in self.scheduler.awaiting_adapters():
+            adapter = sequence.adapter
+            if adapter is None or sequence.arrived > since or not self.adapters.waits_for_place(adapter):
+                continue
+            self._end(sequence)
+            self._fail(sequence.request_id, self.adapters.no_place(adapter, bound))
 
     def _end_overdue(self) -> None:
         """End the requests whose deadline has passed; all are looked through only when the next one is due."""
@@ -309,6 +316,9 @@ class Engine:
             self.adapters.release(sequence.adapter)
         if sequence.guide is not None:
             self.guides.close(sequence.guide)
+
+    def _emit(self, event: Event) -> None:
+        self._events.append(event)
 
     def _fail(self, request_id: RequestId, error: GraftError) -> None:
         kind: ErrorKind = error.kind

@@ -8,6 +8,8 @@ from enum import StrEnum
 from typing import NewType
 
 from runtime.adapters.info import AdapterInfo as AdapterInfo
+from runtime.adapters.info import AliasInfo as AliasInfo
+from runtime.adapters.info import PartInfo as PartInfo
 from runtime.engine.sampling_params import SamplingParams
 from runtime.errors import ErrorKind
 
@@ -30,7 +32,10 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class AddRequest:
-    """Start a sequence. `deadline` is Unix time in seconds; when it passes, the sequence ends with DEADLINE."""
+    """Start a sequence. `adapter` is NAME, NAME@GENERATION or a weighted sum of such.
+
+    `deadline` is Unix time in seconds; when it passes, the sequence ends with DEADLINE.
+    """
 
     request_id: RequestId
     prompt_ids: list[int]
@@ -56,26 +61,71 @@ class PauseRequest:
 
 @dataclass(frozen=True)
 class LoadAdapter:
-    """Load the adapter folder at an absolute, already authorised path under a name."""
+    """Load the adapter folder at an absolute, already authorised path under a name.
+
+    `replace`: other bytes than those of the live generation become a new one. `expected_generation`: the live one must
+    be this. `validate_only`: read, check and tell, but change nothing. `lazy`: only register it; it is read when a
+    request names it. A repeated `request_id` gets the answer that the first one got. With an `expression` and no path,
+    the adapter is that sum of others.
+    """
 
     call_id: CallId
     name: str
-    path: str
+    path: str = ""
     expected_digest: str = ""
+    replace: bool = False
+    expected_generation: int = 0
+    validate_only: bool = False
+    pinned: bool = False
+    lazy: bool = False
+    request_id: str = ""
+    expression: str = ""
 
 
 @dataclass(frozen=True)
 class UnloadAdapter:
-    """Take no new requests for a name; its memory is freed when the last running request ends."""
+    """Take no new requests for a name; its memory is freed when the last running request ends.
+
+    `force` ends the running ones with ABORTED. The answer comes when all is free; after `drain_seconds` at the latest,
+    then as DEADLINE_EXCEEDED, and the draining goes on.
+    """
 
     call_id: CallId
     name: str
     allow_missing: bool = False
+    expected_generation: int = 0
+    drain_seconds: float | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class PinAdapter:
+    """Keep an adapter on the device, or let it go again when others need its place."""
+
+    call_id: CallId
+    name: str
+    pinned: bool = True
+
+
+@dataclass(frozen=True)
+class SetAlias:
+    """From now on requests that name the alias get this adapter; with an empty adapter the alias is forgotten."""
+
+    call_id: CallId
+    alias: str
+    adapter: str = ""
+
+
+@dataclass(frozen=True)
+class ListAliases:
+    """Ask for all aliases."""
+
+    call_id: CallId
 
 
 @dataclass(frozen=True)
 class ListAdapters:
-    """Ask for all adapters, or for one by name (unknown: NOT_FOUND)."""
+    """Ask for all generations of all adapters, or for one by NAME, ALIAS or NAME@GENERATION (unknown: NOT_FOUND)."""
 
     call_id: CallId
     name: str = ""
@@ -103,6 +153,7 @@ class EngineReady:
     kv_cache_tokens: int
     adapter_bytes_limit: int
     dtype: str = ""
+    adapter_host_bytes_limit: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,7 +205,8 @@ class EngineStats:
     `running` sequences have begun; `paused` ones are those of them that wait for their readers.
     `iteration_tokens` counts what the step computed that these come with; 0 if they come with none.
     `estimated_wait_seconds` is how long a request that came now would wait for its first step, by the pace of the
-    last seconds; 0 if none waits.
+    last seconds; 0 if none waits. Of each tier of adapters, `hits` are requests that found theirs there, `loads`
+    adapters that came in, and `evictions` those that had to leave; waiting requests are counted by what they wait for.
     """
 
     running: int = 0
@@ -170,6 +222,14 @@ class EngineStats:
     adapter_host_bytes: int = 0
     iteration_tokens: int = 0
     estimated_wait_seconds: float = 0.0
+    adapter_device_hits: int = 0
+    adapter_device_loads: int = 0
+    adapter_device_evictions: int = 0
+    adapter_host_hits: int = 0
+    adapter_host_loads: int = 0
+    adapter_host_evictions: int = 0
+    waiting_for_files: int = 0
+    waiting_for_device: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,11 +252,39 @@ class RequestFailed:
 
 
 @dataclass(frozen=True)
+class RequestAccepted:
+    """The generation that will answer a request which names an adapter; before anything else about it.
+
+    `label` is NAME@GENERATION, or the weighted sum of such for which `adapter` was made.
+    """
+
+    request_id: RequestId
+    adapter: str
+    generation: int
+    label: str
+
+
+@dataclass(frozen=True)
 class AdapterReply:
-    """Answer to LoadAdapter, UnloadAdapter and ListAdapters."""
+    """Answer to LoadAdapter, UnloadAdapter, PinAdapter and ListAdapters."""
 
     call_id: CallId
     adapters: list[AdapterInfo]
+
+
+@dataclass(frozen=True)
+class AliasReply:
+    """Answer to SetAlias and ListAliases: the aliases that it is about."""
+
+    call_id: CallId
+    aliases: list[AliasInfo]
+
+
+@dataclass(frozen=True)
+class AdapterChanged:
+    """A generation has changed its state, its place or its pin; sent in the order in which that happened."""
+
+    adapter: AdapterInfo
 
 
 @dataclass(frozen=True)
@@ -218,5 +306,8 @@ class EngineFailed:
     message: str
 
 
-Command = AddRequest | CancelRequest | PauseRequest | LoadAdapter | UnloadAdapter | ListAdapters | Shutdown
-Event = EngineReady | StepOutputs | PromptScored | RequestFailed | AdapterReply | CallFailed | EngineFailed
+AdapterCall = LoadAdapter | UnloadAdapter | PinAdapter | SetAlias | ListAliases | ListAdapters
+Command = AddRequest | CancelRequest | PauseRequest | AdapterCall | Shutdown
+Reply = AdapterReply | AliasReply | CallFailed
+RequestEvent = RequestAccepted | PromptScored | RequestFailed
+Event = EngineReady | StepOutputs | RequestEvent | AdapterChanged | Reply | EngineFailed

@@ -67,7 +67,7 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out wherever it is and free its blocks."""
         if sequence.blocks:
-            self.running.remove(sequence)
+            self._leave_running(sequence)
         else:
             self.waiting.remove(sequence)
         self.blocks.free(sequence.blocks)
@@ -75,11 +75,17 @@ class Scheduler:
         self._awaiting.pop(sequence.request_id, None)
         self._paused.pop(sequence.request_id, None)
 
-    def settle_awaiting(self) -> list[Sequence]:
-        """The sequences whose adapter's load has failed; call it when adapters may have changed."""
-        lost = [sequence for sequence in self._awaiting.values() if sequence.lost_adapter]
+    def watch_awaiting(self) -> None:
+        """Sequences may have to wait for their adapters again."""
+        self._awaiting = {item.request_id: item for item in self._by_id.values() if item.awaits_parts}
+
+    def awaiting_adapters(self) -> list[Sequence]:
+        """Sequences that have no place in a batch because their adapters have none on the device."""
+        return [item for item in self._awaiting.values() if not item.blocks and item.awaits_adapter]
+
+    def settle_awaiting(self) -> None:
+        """Adapters may have come since the last step."""
         self._awaiting = {key: sequence for key, sequence in self._awaiting.items() if sequence.awaits_parts}
-        return lost
 
     @property
     def is_running(self) -> bool:
@@ -174,11 +180,16 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the queue; its tokens are kept and recomputed later."""
-        self.running.remove(sequence)
+        self._leave_running(sequence)
         self.blocks.free(sequence.blocks)
         sequence.num_computed = 0
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
+
+    def _leave_running(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        if sequence.adapter is not None:
+            sequence.adapter.num_running -= 1
 
     def _admit(self, budget: int) -> list[Sequence]:
         """Move sequences from waiting to running while tokens, seats and blocks last.
@@ -199,6 +210,9 @@ class Scheduler:
             self.waiting.remove(sequence)
             sequence.blocks += self.blocks.allocate(needed)
             self.running.append(sequence)
+            if sequence.adapter is not None:
+                sequence.adapter.num_running += 1
+                sequence.adapter.has_run = True
             if sequence.queue_seconds is None:
                 sequence.queue_seconds = time.monotonic() - sequence.arrived
             admitted.append(sequence)

@@ -21,6 +21,8 @@ def score(engine: Engine, token_ids: list[int], adapter: str | None = None) -> T
     blocks = pool.allocate(pool.blocks_for(len(token_ids)))
     parts = []
     try:
+        while record is not None and not record.is_resident:
+            engine.adapters.advance(whole=True)
         for start in range(0, len(token_ids), limit):
             ids = token_ids[start : start + limit]
             slot = record.slot if record is not None else BASE_SLOT

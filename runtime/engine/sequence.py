@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from runtime.adapters.info import AdapterState
 from runtime.adapters.lora_plan import BASE_SLOT
-from runtime.adapters.registry import AdapterRecord
+from runtime.adapters.record import AdapterRecord
 from runtime.engine.guides.guide import Guide
 from runtime.engine.messages import AddRequest, RequestId
 from runtime.engine.sampling_params import SamplingParams
@@ -76,17 +75,15 @@ class Sequence:
 
     @property
     def awaits_adapter(self) -> bool:
-        """Whether its adapter is still being loaded."""
-        return self.adapter is not None and self.adapter.state is AdapterState.LOADING
-
-    @property
-    def lost_adapter(self) -> bool:
-        """Whether the load that it waited for failed."""
-        return self.adapter is not None and self.adapter.state is AdapterState.FAILED
+        """Whether its adapter is not on the device, or yields its place and the sequence has not begun."""
+        adapter = self.adapter
+        if adapter is None:
+            return False
+        return not adapter.is_resident or (adapter.is_yielding and not self.blocks)
 
     @property
     def awaits_parts(self) -> bool:
-        """Whether its adapter is still being loaded, or its guide compiled or about to say what may come next."""
+        """Whether its adapter is not to be had now, or its guide compiled or about to say what may come next."""
         return self.awaits_adapter or (self.guide is not None and not self.guide.is_due)
 
     @property

@@ -50,7 +50,13 @@ def start(
     dtype = resolve_dtype(config.dtype, model_config.stored_dtype)
     ops = make_ops(device)
     model = load_model(config.model_path, model_config, Placement(device, dtype, ops), progress)
-    limits = StoreLimits(config.max_adapters, config.max_lora_rank, int(config.adapter_memory_gib * 2**30))
+    limits = StoreLimits(
+        config.max_adapters,
+        config.max_lora_rank,
+        int(config.adapter_memory_gib * 2**30),
+        int((config.adapter_host_memory_gib or 2 * config.adapter_memory_gib) * 2**30),
+        config.adapter_cycle_seconds,
+    )
     adapters = AdapterStore(model_config.adapter_targets(), limits, device, dtype, wake, FactorLayout.of(ops))
     runner = Runner(model, adapters.pages, num_blocks, config.kv_block_tokens)
     eos = read_eos_token_ids(config.model_path)
@@ -77,6 +83,7 @@ def start(
         kv_cache_tokens=num_blocks * config.kv_block_tokens,
         adapter_bytes_limit=limits.max_device_bytes,
         dtype=str(dtype).removeprefix("torch."),
+        adapter_host_bytes_limit=limits.max_host_bytes,
     )
     return EngineParts(ready, scheduler, runner, adapters, guides, Sampler(eos))
 

@@ -27,14 +27,16 @@ class Admission:
     def enter(self, context: Context) -> Iterator[Call]:
         """A call that is listed while it is inside.
 
-        Its ids go back as trailing metadata. Nothing is sent before the first message, so that a client may still
-        retry what is refused here.
+        Its ids and its adapter's generation go back as trailing metadata. Nothing is sent before the first message, so
+        that a client may still retry what is refused here.
         """
         call = Call(correlation_id_of(context.invocation_metadata() or ()))
-        context.set_trailing_metadata(call.metadata)
-        with self._gate.enter(call):
-            check_deadline(context.time_remaining(), self._client.stats.estimated_wait_seconds)
-            yield call
+        try:
+            with self._gate.enter(call):
+                check_deadline(context.time_remaining(), self._client.stats.estimated_wait_seconds)
+                yield call
+        finally:
+            context.set_trailing_metadata(call.metadata)
 
 
 def check_deadline(remaining_seconds: float | None, estimated_wait_seconds: float) -> None:

@@ -13,6 +13,7 @@ from runtime.server.output_stream import OutputStream
 
 REQUEST_ID_KEY = "x-request-id"
 CORRELATION_ID_KEY = "x-correlation-id"
+ADAPTER_KEY = "graft-adapter"
 MAX_CORRELATION_ID_CHARS = 128
 
 
@@ -34,9 +35,13 @@ class Call:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What the client gets back, to find this call again in the server's logs and lists."""
-        ids = ((REQUEST_ID_KEY, self.request_id), (CORRELATION_ID_KEY, self.correlation_id))
-        return tuple((key, value) for key, value in ids if value)
+        """What the client gets back: its ids in the server's logs and lists, and who answered, as NAME@GENERATION.
+
+        The prompts of a batch can have met different generations, if one was replaced just then: then all are named.
+        """
+        adapters = ",".join(sorted({stream.adapter for stream in self.streams if stream.adapter}))
+        pairs = ((REQUEST_ID_KEY, self.request_id), (CORRELATION_ID_KEY, self.correlation_id), (ADAPTER_KEY, adapters))
+        return tuple((key, value) for key, value in pairs if value)
 
     def attach(self, stream: OutputStream) -> None:
         """Join the stream of one prompt to this call; raises the error that ended the call meanwhile."""

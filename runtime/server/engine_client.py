@@ -7,13 +7,19 @@ import itertools
 import logging
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from runtime.config import EngineConfig
 from runtime.engine.messages import (
+    AdapterCall,
+    AdapterChanged,
     AdapterInfo,
     AdapterReply,
     AddRequest,
+    AliasInfo,
+    AliasReply,
     CallFailed,
     CallId,
     CancelRequest,
@@ -25,17 +31,18 @@ from runtime.engine.messages import (
     LoadAdapter,
     PauseRequest,
     PromptScored,
+    RequestAccepted,
     RequestFailed,
     RequestId,
     Shutdown,
     StepOutputs,
-    UnloadAdapter,
 )
 from runtime.engine.process import DEFAULT_ENGINE
 from runtime.engine.sampling_params import SamplingParams
 from runtime.engine.transport import TransportError, encode, receive
 from runtime.env import child_environment
 from runtime.errors import ErrorKind, GraftError, Internal, Unavailable, error_of_kind
+from runtime.server.adapter_watch import AdapterWatch
 from runtime.server.output_stream import OutputStream, ReaderBounds
 
 STOP_SECONDS = 10.0
@@ -59,7 +66,8 @@ class EngineClient:
         self._reader_bounds = reader_bounds or ReaderBounds()
         self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._streams: dict[RequestId, OutputStream] = {}
-        self._calls: dict[CallId, asyncio.Future[list[AdapterInfo]]] = {}
+        self._calls: dict[CallId, asyncio.Future[AdapterReply | AliasReply]] = {}
+        self._watches: dict[CallId, AdapterWatch] = {}
         self._ids = itertools.count(1)
         self._is_unheard = False
         self._process: asyncio.subprocess.Process | None = None
@@ -113,27 +121,45 @@ class EngineClient:
 
     async def load_adapter(self, name: str, path: str, expected_digest: str = "") -> AdapterInfo:
         """Load a folder under a name; returns when requests may name it."""
-        call_id = CallId(next(self._ids))
-        return (await self._call(LoadAdapter(call_id, name, path, expected_digest)))[0]
-
-    async def unload_adapter(self, name: str, allow_missing: bool = False) -> AdapterInfo | None:
-        """Take no new requests for a name; None if nothing was loaded and that is allowed."""
-        adapters = await self._call(UnloadAdapter(CallId(next(self._ids)), name, allow_missing))
-        return adapters[0] if adapters else None
+        return (await self.adapters(partial(LoadAdapter, name=name, path=path, expected_digest=expected_digest)))[0]
 
     async def list_adapters(self, name: str = "") -> list[AdapterInfo]:
-        """All adapters by name, or the named one; raises NotFound."""
-        adapters = await self._call(ListAdapters(CallId(next(self._ids)), name))
-        return sorted(adapters, key=lambda adapter: adapter.name)
+        """All generations by name and age, or the named adapter; raises NotFound."""
+        return await self.adapters(partial(ListAdapters, name=name))
 
-    async def _call(self, command: LoadAdapter | UnloadAdapter | ListAdapters) -> list[AdapterInfo]:
-        future: asyncio.Future[list[AdapterInfo]] = asyncio.get_running_loop().create_future()
+    async def adapters(self, make: Callable[[CallId], AdapterCall]) -> list[AdapterInfo]:
+        """The engine's answer to a call about adapters."""
+        reply = await self._call(make(CallId(next(self._ids))))
+        if not isinstance(reply, AdapterReply):
+            raise TransportError(f"an engine does not answer so: {type(reply).__name__}")
+        return reply.adapters
+
+    async def aliases(self, make: Callable[[CallId], AdapterCall]) -> list[AliasInfo]:
+        """The engine's answer to a call about aliases."""
+        reply = await self._call(make(CallId(next(self._ids))))
+        if not isinstance(reply, AliasReply):
+            raise TransportError(f"an engine does not answer so: {type(reply).__name__}")
+        return reply.aliases
+
+    async def _call(self, command: AdapterCall) -> AdapterReply | AliasReply:
+        future: asyncio.Future[AdapterReply | AliasReply] = asyncio.get_running_loop().create_future()
         self._calls[command.call_id] = future
         try:
             self._send(command)
             return await future
         finally:
             self._calls.pop(command.call_id, None)
+
+    @contextmanager
+    def watch_adapters(self, watch: AdapterWatch) -> Iterator[None]:
+        """Feed a watch: all adapters as they are at one moment, and every change after it."""
+        call_id = CallId(next(self._ids))
+        self._watches[call_id] = watch
+        try:
+            self._send(ListAdapters(call_id))
+            yield
+        finally:
+            del self._watches[call_id]
 
     def fail_requests(self, error: GraftError) -> None:
         """End every running request with an error."""
@@ -195,10 +221,18 @@ class EngineClient:
             case PromptScored(request_id):
                 if (stream := self._streams.get(request_id)) is not None:
                     stream.push_scores(event)
-            case AdapterReply(call_id, adapters):
-                self.on_adapters(adapters)
+            case RequestAccepted(request_id, label=label):
+                if (stream := self._streams.get(request_id)) is not None:
+                    stream.adapter = label
+            case AdapterChanged(adapter):
+                self.on_adapters([adapter])
+                for watch in self._watches.values():
+                    watch.change(adapter)
+            case AdapterReply(call_id, adapters) if (watched := self._watches.get(call_id)) is not None:
+                watched.begin(adapters)
+            case AdapterReply(call_id) | AliasReply(call_id):
                 if (future := self._calls.get(call_id)) is not None and not future.done():
-                    future.set_result(adapters)
+                    future.set_result(event)
             case CallFailed(call_id, kind, message, reason, field, problems):
                 error = error_of_kind(kind, message, reason=reason, field=field, problems=problems)
                 if (future := self._calls.get(call_id)) is not None and not future.done():
@@ -220,6 +254,8 @@ class EngineClient:
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(error)
+        for watch in self._watches.values():
+            watch.end(error)
 
 
 def _ignore(_: object) -> None:

@@ -14,6 +14,7 @@ from runtime.pb.fmaas import generation_pb2 as pb
 from runtime.server.calls import Call
 from runtime.server.engine_client import EngineClient
 from runtime.server.limits import Limits
+from runtime.server.metric_adapters import label_of
 from runtime.server.metrics import Metrics
 from runtime.server.output_stream import StreamItem
 from runtime.server.request_timer import RequestTimer
@@ -99,7 +100,8 @@ class TextGenerator:
         )
         num_generated = 0
         stream = self._client.add(request.prompt_ids, request.params, request.adapter, request.deadline)
-        timer = self._metrics.start_request(len(request.prompt_ids), request.adapter, request.arrived)
+        name = request.adapter and label_of(request.adapter)
+        timer = self._metrics.start_request(len(request.prompt_ids), name, request.arrived)
         try:
             call.attach(stream)
             while True:

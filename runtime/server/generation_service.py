@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from runtime.adapters.expression import parse_expression
 from runtime.engine.messages import TokenScore
 from runtime.errors import InvalidRequest, NotFound
 from runtime.pb.fmaas import generation_pb2 as pb
@@ -77,7 +78,8 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self._gate.check()
         with _tgis_errors():
             if adapter := validate_adapter_id(request.adapter_id, request.prefix_id):
-                await self._client.list_adapters(adapter)
+                for term in parse_expression(adapter):
+                    await self._client.list_adapters(term.reference)
             limit = self.generator.limits.max_batch_requests
             if len(request.requests) > limit:
                 message = f"{len(request.requests)} texts in one batch; the limit is {limit}"

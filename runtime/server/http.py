@@ -135,6 +135,6 @@ class HttpServer:
                 "parent": self._model_name,
             }
             for adapter in adapters
-            if adapter.state == "READY"
+            if adapter.state in ("READY", "REGISTERED")
         ]
         return HttpResponse(json.dumps({"object": "list", "data": [base, *entries]}).encode(), JSON)

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from runtime.adapters.expression import is_sum
 from runtime.adapters.info import AdapterInfo, AdapterState
 from runtime.server.metric_series import MODEL_LABEL, OTHER, PREFIX
 
 BASE = ""
+LIVE = (AdapterState.READY, AdapterState.REGISTERED)
+GONE = (AdapterState.DRAINING, AdapterState.UNLOADED, AdapterState.FAILED)
 
 
 class AdapterSeries:
@@ -25,18 +28,24 @@ class AdapterSeries:
         self._max_lora = max_lora
         self._max_labels = max_labels
         self._clock = clock
-        self._loaded: set[str] = set()
+        self._loaded: dict[str, set[int]] = {}
         self._requests = {BASE: 0, OTHER: 0}
         self._waiting: Counter[str] = Counter()
         self._running: Counter[str] = Counter()
 
     def update(self, adapters: Iterable[AdapterInfo]) -> None:
-        """The engine has told of adapters: loaded ones may be named in labels."""
+        """The engine has told of adapters: those with a live generation may be named in labels."""
         for adapter in adapters:
-            if adapter.state != AdapterState.READY:
-                self._loaded.discard(adapter.name)
+            if adapter.derived:
+                continue  # clients choose the weights, so there is no end of such names
+            generations = self._loaded.setdefault(adapter.name, set())
+            if adapter.state in GONE:
+                generations.discard(adapter.generation)
+            elif adapter.state in LIVE:
+                generations.add(adapter.generation)
+            if not generations:
+                del self._loaded[adapter.name]
                 continue
-            self._loaded.add(adapter.name)
             if len(self._requests) - 2 < self._max_labels:
                 self._requests.setdefault(adapter.name, 0)
 
@@ -74,7 +83,12 @@ class AdapterSeries:
         yield requests
 
     def _names(self, calls: Counter[str]) -> str:
-        return ",".join(sorted(self._loaded & calls.keys()))
+        return ",".join(sorted(self._loaded.keys() & calls.keys()))
+
+
+def label_of(reference: str) -> str:
+    """The name under which a request counts: without its generation; a weighted sum as it is, so among the others."""
+    return reference if is_sum(reference) else reference.partition("@")[0]
 
 
 def _decrease(calls: Counter[str], name: str) -> None:

@@ -32,3 +32,34 @@ def engine_families(model_name: str, stats: EngineStats) -> Iterator[Metric]:
     tiers.add_metric([model_name, "device"], stats.adapter_device_bytes)
     tiers.add_metric([model_name, "host"], stats.adapter_host_bytes)
     yield tiers
+    yield from _tier_families(model_name, stats)
+    waiting = GaugeMetricFamily(
+        f"{PREFIX}requests_waiting_for_adapter",
+        "Requests whose adapter is not on the device, by what they wait for",
+        labels=[MODEL_LABEL, "reason"],
+    )
+    waiting.add_metric([model_name, "files"], stats.waiting_for_files)
+    waiting.add_metric([model_name, "place"], stats.waiting_for_device)
+    yield waiting
+
+
+def _tier_families(model_name: str, stats: EngineStats) -> Iterator[Metric]:
+    """Counters of the two tiers of adapter memory."""
+    counters = {
+        "adapter_hits": (
+            "Requests that found their adapter there when they came",
+            stats.adapter_device_hits,
+            stats.adapter_host_hits,
+        ),
+        "adapter_loads": ("Adapters that came in", stats.adapter_device_loads, stats.adapter_host_loads),
+        "adapter_evictions": (
+            "Adapters that left for others, the least recently used first",
+            stats.adapter_device_evictions,
+            stats.adapter_host_evictions,
+        ),
+    }
+    for name, (text, on_device, in_host_memory) in counters.items():
+        counter = CounterMetricFamily(PREFIX + name, text, labels=[MODEL_LABEL, "tier"])
+        counter.add_metric([model_name, "device"], on_device)
+        counter.add_metric([model_name, "host"], in_host_memory)
+        yield counter

@@ -45,6 +45,7 @@ class OutputStream:
     def __init__(self, request_id: RequestId, owner: StreamOwner, bounds: ReaderBounds) -> None:
         self.request_id = request_id
         self.ended = False  # the engine sends nothing more
+        self.adapter = ""  # NAME@GENERATION, once the engine has told
         self._owner = owner
         self._bounds = bounds
         self._loop = asyncio.get_running_loop()

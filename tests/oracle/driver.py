@@ -27,6 +27,7 @@ from runtime.engine.messages import (
     LoadAdapter,
     PauseRequest,
     PromptScored,
+    RequestAccepted,
     RequestFailed,
     RequestId,
     SequenceOutput,
@@ -52,6 +53,7 @@ class Outcome:
     logits: list[Tensor] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     failure: RequestFailed | None = None
+    generation: int = 0
 
     @property
     def ended(self) -> bool:
@@ -145,6 +147,10 @@ class Driver:
         self._until(lambda: self.outcomes[request_id].ended)
         return self.outcomes[request_id]
 
+    def reply(self, call_id: CallId) -> AdapterReply:
+        """The reply to a call, waiting for it."""
+        return self._answer(call_id)
+
     def _answer(self, call_id: CallId) -> AdapterReply:
         self._until(lambda: call_id in self._replies)
         reply = self._replies[call_id]
@@ -180,6 +186,8 @@ class Driver:
                 if self.outcomes[request_id].outputs:
                     raise AssertionError(f"request {request_id}: prompt scores after the first token")
                 self.outcomes[request_id].prompt_scores += scores
+            case RequestAccepted(request_id=request_id, generation=generation):
+                self.outcomes[request_id].generation = generation
             case RequestFailed(request_id=request_id):
                 self.outcomes[request_id].failure = event
             case AdapterReply(call_id=call_id) | CallFailed(call_id=call_id):

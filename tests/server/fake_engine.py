@@ -16,6 +16,7 @@ from pathlib import Path
 
 from runtime.config import EngineConfig
 from runtime.engine.messages import (
+    AdapterChanged,
     AdapterInfo,
     AdapterReply,
     AddRequest,
@@ -29,6 +30,7 @@ from runtime.engine.messages import (
     ListAdapters,
     LoadAdapter,
     PauseRequest,
+    RequestAccepted,
     RequestFailed,
     SequenceOutput,
     StepOutputs,
@@ -145,11 +147,12 @@ class FakeEngine:
                 if (sequence := self._running.get(request_id)) is not None:
                     sequence.paused = paused
             case LoadAdapter():
-                return [self._load(command)]
+                return self._load(command)
             case UnloadAdapter(call_id, name, allow_missing):
-                if (adapter := self._adapters.pop(name, None)) is None and not allow_missing:
-                    return [_missing(call_id, name)]
-                return [AdapterReply(call_id, [] if adapter is None else [replace(adapter, state="UNLOADED")])]
+                if (adapter := self._adapters.pop(name, None)) is None:
+                    return [AdapterReply(call_id, []) if allow_missing else _missing(call_id, name)]
+                unloaded = replace(adapter, state="UNLOADED", slot=-1, device_bytes=0, freed_device_bytes=1000)
+                return [AdapterChanged(unloaded), AdapterReply(call_id, [unloaded])]
             case ListAdapters(call_id, name):
                 if name and name not in self._adapters:
                     return [_missing(call_id, name)]
@@ -163,16 +166,21 @@ class FakeEngine:
         if request.adapter is not None and request.adapter not in self._adapters:
             message = f"there is no adapter {request.adapter!r}"
             return [RequestFailed(request.request_id, ErrorKind.NOT_FOUND, message, "ADAPTER_NOT_FOUND", "adapter_id")]
+        accepted: list[Event] = []
+        if request.adapter is not None:
+            generation = self._adapters[request.adapter].generation
+            label = f"{request.adapter}@{generation}"
+            accepted = [RequestAccepted(request.request_id, request.adapter, generation, label)]
         tokens = request.prompt_ids[1:] or request.prompt_ids
         self._running[request.request_id] = FakeSequence(request, tokens * 2 if request.adapter else tokens)
-        return []
+        return accepted
 
-    def _load(self, command: LoadAdapter) -> Event:
+    def _load(self, command: LoadAdapter) -> list[Event]:
         folder = Path(command.path)
         if folder.name == "crash":
             raise RuntimeError("the device fell off the bus")
         if folder.name == "broken":
-            return CallFailed(
+            return _failed(
                 command.call_id,
                 ErrorKind.FAILED_PRECONDITION,
                 "2 problems in the file",
@@ -181,7 +189,7 @@ class FakeEngine:
             )
         digest = f"sha256:{folder.name}"
         if command.expected_digest not in ("", digest):
-            return CallFailed(
+            return _failed(
                 command.call_id,
                 ErrorKind.FAILED_PRECONDITION,
                 "another digest",
@@ -190,9 +198,9 @@ class FakeEngine:
             )
         live = self._adapters.get(command.name)
         if live is not None and live.digest == digest:
-            return AdapterReply(command.call_id, [replace(live, already_loaded=True)])
-        if live is not None:
-            return CallFailed(
+            return [AdapterReply(command.call_id, [replace(live, already_loaded=True)])]
+        if live is not None and not command.replace:
+            return _failed(
                 command.call_id,
                 ErrorKind.ALREADY_EXISTS,
                 "other bytes have this name",
@@ -214,9 +222,14 @@ class FakeEngine:
             load_seconds=0.25,
             created=time.time(),
             source_path=command.path,
+            pinned=command.pinned,
         )
         self._adapters[command.name] = info
-        return AdapterReply(command.call_id, [info])
+        return [AdapterChanged(info), AdapterReply(command.call_id, [info])]
+
+
+def _failed(*args: object, **details: object) -> list[Event]:
+    return [CallFailed(*args, **details)]  # type: ignore[arg-type]
 
 
 def _missing(call_id: int, name: str) -> CallFailed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import grpc
 import pytest
-from google.protobuf import duration_pb2
 
 from runtime.pb.graft.admin.v1 import adapters_pb2 as pb
 from tests.server.live import LiveServer, refused
@@ -93,27 +92,6 @@ def test_an_id_that_is_no_id_is_refused(server: LiveServer, adapter_id: str) -> 
     request = pb.LoadAdapterRequest(adapter_id=adapter_id, source_path="dates")
     expected = (grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_ID_INVALID", "adapter_id")
     assert refused(lambda: server.adapters.LoadAdapter(request)) == expected
-
-
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ("LoadAdapter", pb.LoadAdapterRequest(adapter_id="x", source_path="dates", pinned=True)),
-        ("LoadAdapter", pb.LoadAdapterRequest(adapter_id="x", source_path="dates", replace=True)),
-        ("LoadAdapter", pb.LoadAdapterRequest(adapter_id="x", source_path="dates", expected_generation=1)),
-        ("LoadAdapter", pb.LoadAdapterRequest(adapter_id="x", source_path="dates", validate_only=True)),
-        ("LoadAdapter", pb.LoadAdapterRequest(adapter_id="x", source_path="dates", request_id="r")),
-        ("UnloadAdapter", pb.UnloadAdapterRequest(name="dates", expected_generation=1)),
-        ("UnloadAdapter", pb.UnloadAdapterRequest(name="dates", force=True)),
-        ("UnloadAdapter", pb.UnloadAdapterRequest(name="dates", drain_timeout=duration_pb2.Duration(seconds=1))),
-    ],
-    ids=lambda value: value if isinstance(value, str) else list(value.ListFields())[-1][0].name,
-)
-def test_a_field_without_meaning_yet_is_refused_by_name(server: LiveServer, method: str, message: object) -> None:
-    field = list(message.ListFields())[-1][0].name
-    expected = (grpc.StatusCode.INVALID_ARGUMENT, "UNSUPPORTED_PARAMETER", field)
-    assert refused(lambda: getattr(server.adapters, method)(message)) == expected
-    assert server.generate("abc", "dates").text == "abcabc"
 
 
 def test_another_digest_than_expected_is_refused(server: LiveServer) -> None:

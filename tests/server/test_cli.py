@@ -30,11 +30,12 @@ def test_an_adapter_is_loaded_listed_shown_and_unloaded(server: LiveServer, caps
     status, out, _ = run(capsys, "adapters", "load", "cli", "other", *admin)
     assert (status, out.startswith("cli loaded: generation ")) == (0, True)
     header, *rows, total = run(capsys, "adapters", "list", *admin)[1].splitlines()
-    assert header.split()[:3] == ["NAME", "STATE", "GENERATION"]
+    assert header.split()[:4] == ["NAME", "STATE", "PLACE", "GENERATION"]
     assert [row.split()[:2] for row in rows] == [["cli", "READY"], ["dates", "READY"]]
     assert total.startswith("2 of 64 slots, 2,000 of ")
     assert "digest                sha256:other" in run(capsys, "adapters", "show", "cli", *admin)[1]
-    assert run(capsys, "adapters", "unload", "cli", *admin)[1] == "cli: UNLOADED, 0 requests still running\n"
+    unloaded = "cli: UNLOADED, 1,000 bytes of the device and 0 of the host freed\n"
+    assert run(capsys, "adapters", "unload", "cli", *admin)[1] == unloaded
 
 
 @pytest.mark.parametrize(

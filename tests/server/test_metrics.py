@@ -20,6 +20,10 @@ from runtime.server.metrics import ADMISSION_REASONS, MAX_FAILURE_SERIES, Metric
 
 FAMILIES = {
     "graft_adapter_bytes": "gauge",
+    "graft_adapter_hits": "counter",
+    "graft_adapter_loads": "counter",
+    "graft_adapter_evictions": "counter",
+    "graft_requests_waiting_for_adapter": "gauge",
     "graft_adapter_requests": "counter",
     "graft_adapters_resident": "gauge",
     "graft_admission_rejections": "counter",

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dgraft/admin/v1/adapters.proto\x12\x0egraft.admin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfb\x05\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12,\n\x05state\x18\x04 \x01(\x0e\x32\x1d.graft.admin.v1.Adapter.State\x12\x34\n\tplacement\x18\x06 \x01(\x0e\x32!.graft.admin.v1.Adapter.Placement\x12\x14\n\x0c\x64\x65vice_slots\x18\x07 \x03(\x05\x12\x12\n\nbytes_host\x18\x08 \x01(\x03\x12\x14\n\x0c\x62ytes_device\x18\t \x01(\x03\x12\x15\n\rbytes_tensors\x18\n \x01(\x03\x12\x32\n\x0elast_used_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04rank\x18\x0c \x01(\x05\x12\x16\n\x0etarget_modules\x18\x0e \x03(\t\x12\x14\n\x0c\x65xpert_count\x18\x0f \x01(\x05\x12\x12\n\nbase_model\x18\x10 \x01(\t\x12\x0e\n\x06pinned\x18\x11 \x01(\x08\x12\x19\n\x11inflight_requests\x18\x12 \x01(\x05\x12,\n\tload_time\x18\x13 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0b\x63reate_time\x18\x14 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bsource_path\x18\x15 \x01(\t\x12\x10\n\x08warnings\x18\x16 \x03(\t\"|\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\x12\x12\n\x0eSTATE_UNLOADED\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\"P\n\tPlacement\x12\x19\n\x15PLACEMENT_UNSPECIFIED\x10\x00\x12\x12\n\x0ePLACEMENT_HOST\x10\x01\x12\x14\n\x10PLACEMENT_DEVICE\x10\x02\"\xbf\x01\n\x12LoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x13\n\x0bsource_path\x18\x02 \x01(\t\x12\x17\n\x0f\x65xpected_digest\x18\x03 \x01(\t\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x0f\n\x07replace\x18\x05 \x01(\x08\x12\x1b\n\x13\x65xpected_generation\x18\x06 \x01(\x03\x12\x15\n\rvalidate_only\x18\x07 \x01(\x08\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"W\n\x13LoadAdapterResponse\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.graft.admin.v1.Adapter\x12\x16\n\x0e\x61lready_loaded\x18\x02 \x01(\x08\"\x99\x01\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x13\x65xpected_generation\x18\x02 \x01(\x03\x12\x30\n\rdrain_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\x12\x15\n\rallow_missing\x18\x05 \x01(\x08\"A\n\x15UnloadAdapterResponse\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.graft.admin.v1.Adapter\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x12GetAdapterResponse\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.graft.admin.v1.Adapter\"j\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12,\n\x05state\x18\x03 \x01(\x0e\x32\x1d.graft.admin.v1.Adapter.State\"\xac\x01\n\x14ListAdaptersResponse\x12)\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x17.graft.admin.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\nslots_used\x18\x03 \x01(\x05\x12\x13\n\x0bslots_total\x18\x04 \x01(\x05\x12\x12\n\nbytes_used\x18\x05 \x01(\x03\x12\x13\n\x0b\x62ytes_limit\x18\x06 \x01(\x03\x32\xf6\x02\n\x0e\x41\x64\x61pterService\x12V\n\x0bLoadAdapter\x12\".graft.admin.v1.LoadAdapterRequest\x1a#.graft.admin.v1.LoadAdapterResponse\x12\\\n\rUnloadAdapter\x12$.graft.admin.v1.UnloadAdapterRequest\x1a%.graft.admin.v1.UnloadAdapterResponse\x12S\n\nGetAdapter\x12!.graft.admin.v1.GetAdapterRequest\x1a\".graft.admin.v1.GetAdapterResponse\x12Y\n\x0cListAdapters\x12#.graft.admin.v1.ListAdaptersRequest\x1a$.graft.admin.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dgraft/admin/v1/adapters.proto\x12\x0egraft.admin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa3\x08\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12,\n\x05state\x18\x04 \x01(\x0e\x32\x1d.graft.admin.v1.Adapter.State\x12\x34\n\tplacement\x18\x06 \x01(\x0e\x32!.graft.admin.v1.Adapter.Placement\x12\x14\n\x0c\x64\x65vice_slots\x18\x07 \x03(\x05\x12\x12\n\nbytes_host\x18\x08 \x01(\x03\x12\x14\n\x0c\x62ytes_device\x18\t \x01(\x03\x12\x15\n\rbytes_tensors\x18\n \x01(\x03\x12\x32\n\x0elast_used_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04rank\x18\x0c \x01(\x05\x12\x16\n\x0etarget_modules\x18\x0e \x03(\t\x12\x14\n\x0c\x65xpert_count\x18\x0f \x01(\x05\x12\x12\n\nbase_model\x18\x10 \x01(\t\x12\x0e\n\x06pinned\x18\x11 \x01(\x08\x12\x19\n\x11inflight_requests\x18\x12 \x01(\x05\x12,\n\tload_time\x18\x13 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0b\x63reate_time\x18\x14 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bsource_path\x18\x15 \x01(\t\x12\x10\n\x08warnings\x18\x16 \x03(\t\x12\x35\n\x06layers\x18\x17 \x03(\x0b\x32%.graft.admin.v1.Adapter.LayerCoverage\x12\x15\n\rerror_message\x18\x18 \x01(\t\x12+\n\x05parts\x18\x19 \x03(\x0b\x32\x1c.graft.admin.v1.Adapter.Part\x12\x0f\n\x07\x64\x65rived\x18\x1a \x01(\x08\x1a/\n\rLayerCoverage\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0f\n\x07\x65xperts\x18\x02 \x01(\x05\x1a>\n\x04Part\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"\x92\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\x12\x12\n\x0eSTATE_UNLOADED\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\x12\x14\n\x10STATE_REGISTERED\x10\x06\"d\n\tPlacement\x12\x19\n\x15PLACEMENT_UNSPECIFIED\x10\x00\x12\x12\n\x0ePLACEMENT_HOST\x10\x01\x12\x14\n\x10PLACEMENT_DEVICE\x10\x02\x12\x12\n\x0ePLACEMENT_DISK\x10\x03\"*\n\x05\x41lias\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\"\xcd\x01\n\x12LoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x13\n\x0bsource_path\x18\x02 \x01(\t\x12\x17\n\x0f\x65xpected_digest\x18\x03 \x01(\t\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x0f\n\x07replace\x18\x05 \x01(\x08\x12\x1b\n\x13\x65xpected_generation\x18\x06 \x01(\x03\x12\x15\n\rvalidate_only\x18\x07 \x01(\x08\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x0c\n\x04lazy\x18\t \x01(\x08\"W\n\x13LoadAdapterResponse\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.graft.admin.v1.Adapter\x12\x16\n\x0e\x61lready_loaded\x18\x02 \x01(\x08\"\xa8\x01\n\x15\x43omposeAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x12\n\nexpression\x18\x02 \x01(\t\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\x12\x0f\n\x07replace\x18\x04 \x01(\x08\x12\x1b\n\x13\x65xpected_generation\x18\x05 \x01(\x03\x12\x15\n\rvalidate_only\x18\x06 \x01(\x08\x12\x12\n\nrequest_id\x18\x07 \x01(\t\"Z\n\x16\x43omposeAdapterResponse\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.graft.admin.v1.Adapter\x12\x16\n\x0e\x61lready_loaded\x18\x02 \x01(\x08\"\x99\x01\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x13\x65xpected_generation\x18\x02 \x01(\x03\x12\x30\n\rdrain_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\x12\x15\n\rallow_missing\x18\x05 \x01(\x08\"w\n\x15UnloadAdapterResponse\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.graft.admin.v1.Adapter\x12\x1a\n\x12\x62ytes_device_freed\x18\x02 \x01(\x03\x12\x18\n\x10\x62ytes_host_freed\x18\x03 \x01(\x03\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x12GetAdapterResponse\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.graft.admin.v1.Adapter\"\x7f\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12,\n\x05state\x18\x03 \x01(\x0e\x32\x1d.graft.admin.v1.Adapter.State\x12\x13\n\x0bname_prefix\x18\x04 \x01(\t\"\xdf\x01\n\x14ListAdaptersResponse\x12)\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x17.graft.admin.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\nslots_used\x18\x03 \x01(\x05\x12\x13\n\x0bslots_total\x18\x04 \x01(\x05\x12\x12\n\nbytes_used\x18\x05 \x01(\x03\x12\x13\n\x0b\x62ytes_limit\x18\x06 \x01(\x03\x12\x17\n\x0f\x62ytes_host_used\x18\x07 \x01(\x03\x12\x18\n\x10\x62ytes_host_limit\x18\x08 \x01(\x03\"\x16\n\x14WatchAdaptersRequest\"\\\n\x15WatchAdaptersResponse\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.graft.admin.v1.Adapter\x12\x19\n\x11snapshot_complete\x18\x02 \x01(\x08\"!\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x12PinAdapterResponse\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.graft.admin.v1.Adapter\"#\n\x13UnpinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"@\n\x14UnpinAdapterResponse\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.graft.admin.v1.Adapter\"4\n\x0fSetAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\"8\n\x10SetAliasResponse\x12$\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x15.graft.admin.v1.Alias\"#\n\x12\x44\x65leteAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteAliasResponse\"\x14\n\x12ListAliasesRequest\"=\n\x13ListAliasesResponse\x12&\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x15.graft.admin.v1.Alias2\xe6\x07\n\x0e\x41\x64\x61pterService\x12V\n\x0bLoadAdapter\x12\".graft.admin.v1.LoadAdapterRequest\x1a#.graft.admin.v1.LoadAdapterResponse\x12_\n\x0e\x43omposeAdapter\x12%.graft.admin.v1.ComposeAdapterRequest\x1a&.graft.admin.v1.ComposeAdapterResponse\x12\\\n\rUnloadAdapter\x12$.graft.admin.v1.UnloadAdapterRequest\x1a%.graft.admin.v1.UnloadAdapterResponse\x12S\n\nGetAdapter\x12!.graft.admin.v1.GetAdapterRequest\x1a\".graft.admin.v1.GetAdapterResponse\x12Y\n\x0cListAdapters\x12#.graft.admin.v1.ListAdaptersRequest\x1a$.graft.admin.v1.ListAdaptersResponse\x12^\n\rWatchAdapters\x12$.graft.admin.v1.WatchAdaptersRequest\x1a%.graft.admin.v1.WatchAdaptersResponse0\x01\x12S\n\nPinAdapter\x12!.graft.admin.v1.PinAdapterRequest\x1a\".graft.admin.v1.PinAdapterResponse\x12Y\n\x0cUnpinAdapter\x12#.graft.admin.v1.UnpinAdapterRequest\x1a$.graft.admin.v1.UnpinAdapterResponse\x12M\n\x08SetAlias\x12\x1f.graft.admin.v1.SetAliasRequest\x1a .graft.admin.v1.SetAliasResponse\x12V\n\x0b\x44\x65leteAlias\x12\".graft.admin.v1.DeleteAliasRequest\x1a#.graft.admin.v1.DeleteAliasResponse\x12V\n\x0bListAliases\x12\".graft.admin.v1.ListAliasesRequest\x1a#.graft.admin.v1.ListAliasesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,27 +34,61 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'graft.admin.v1.adapters_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ADAPTER']._serialized_start=115
-  _globals['_ADAPTER']._serialized_end=878
-  _globals['_ADAPTER_STATE']._serialized_start=672
-  _globals['_ADAPTER_STATE']._serialized_end=796
-  _globals['_ADAPTER_PLACEMENT']._serialized_start=798
-  _globals['_ADAPTER_PLACEMENT']._serialized_end=878
-  _globals['_LOADADAPTERREQUEST']._serialized_start=881
-  _globals['_LOADADAPTERREQUEST']._serialized_end=1072
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=1074
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=1161
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1164
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1317
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1319
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1384
-  _globals['_GETADAPTERREQUEST']._serialized_start=1386
-  _globals['_GETADAPTERREQUEST']._serialized_end=1419
-  _globals['_GETADAPTERRESPONSE']._serialized_start=1421
-  _globals['_GETADAPTERRESPONSE']._serialized_end=1483
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1485
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1591
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1594
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1766
-  _globals['_ADAPTERSERVICE']._serialized_start=1769
-  _globals['_ADAPTERSERVICE']._serialized_end=2143
+  _globals['_ADAPTER']._serialized_end=1174
+  _globals['_ADAPTER_LAYERCOVERAGE']._serialized_start=812
+  _globals['_ADAPTER_LAYERCOVERAGE']._serialized_end=859
+  _globals['_ADAPTER_PART']._serialized_start=861
+  _globals['_ADAPTER_PART']._serialized_end=923
+  _globals['_ADAPTER_STATE']._serialized_start=926
+  _globals['_ADAPTER_STATE']._serialized_end=1072
+  _globals['_ADAPTER_PLACEMENT']._serialized_start=1074
+  _globals['_ADAPTER_PLACEMENT']._serialized_end=1174
+  _globals['_ALIAS']._serialized_start=1176
+  _globals['_ALIAS']._serialized_end=1218
+  _globals['_LOADADAPTERREQUEST']._serialized_start=1221
+  _globals['_LOADADAPTERREQUEST']._serialized_end=1426
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=1428
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=1515
+  _globals['_COMPOSEADAPTERREQUEST']._serialized_start=1518
+  _globals['_COMPOSEADAPTERREQUEST']._serialized_end=1686
+  _globals['_COMPOSEADAPTERRESPONSE']._serialized_start=1688
+  _globals['_COMPOSEADAPTERRESPONSE']._serialized_end=1778
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1781
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1934
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1936
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=2055
+  _globals['_GETADAPTERREQUEST']._serialized_start=2057
+  _globals['_GETADAPTERREQUEST']._serialized_end=2090
+  _globals['_GETADAPTERRESPONSE']._serialized_start=2092
+  _globals['_GETADAPTERRESPONSE']._serialized_end=2154
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=2156
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=2283
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=2286
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=2509
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=2511
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=2533
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=2535
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=2627
+  _globals['_PINADAPTERREQUEST']._serialized_start=2629
+  _globals['_PINADAPTERREQUEST']._serialized_end=2662
+  _globals['_PINADAPTERRESPONSE']._serialized_start=2664
+  _globals['_PINADAPTERRESPONSE']._serialized_end=2726
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=2728
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=2763
+  _globals['_UNPINADAPTERRESPONSE']._serialized_start=2765
+  _globals['_UNPINADAPTERRESPONSE']._serialized_end=2829
+  _globals['_SETALIASREQUEST']._serialized_start=2831
+  _globals['_SETALIASREQUEST']._serialized_end=2883
+  _globals['_SETALIASRESPONSE']._serialized_start=2885
+  _globals['_SETALIASRESPONSE']._serialized_end=2941
+  _globals['_DELETEALIASREQUEST']._serialized_start=2943
+  _globals['_DELETEALIASREQUEST']._serialized_end=2978
+  _globals['_DELETEALIASRESPONSE']._serialized_start=2980
+  _globals['_DELETEALIASRESPONSE']._serialized_end=3001
+  _globals['_LISTALIASESREQUEST']._serialized_start=3003
+  _globals['_LISTALIASESREQUEST']._serialized_end=3023
+  _globals['_LISTALIASESRESPONSE']._serialized_start=3025
+  _globals['_LISTALIASESRESPONSE']._serialized_end=3086
+  _globals['_ADAPTERSERVICE']._serialized_start=3089
+  _globals['_ADAPTERSERVICE']._serialized_end=4087
 # @@protoc_insertion_point(module_scope)

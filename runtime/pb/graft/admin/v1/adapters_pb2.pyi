@@ -12,7 +12,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "generation", "digest", "state", "placement", "device_slots", "bytes_host", "bytes_device", "bytes_tensors", "last_used_time", "rank", "target_modules", "expert_count", "base_model", "pinned", "inflight_requests", "load_time", "create_time", "source_path", "warnings")
+    __slots__ = ("name", "generation", "digest", "state", "placement", "device_slots", "bytes_host", "bytes_device", "bytes_tensors", "last_used_time", "rank", "target_modules", "expert_count", "base_model", "pinned", "inflight_requests", "load_time", "create_time", "source_path", "warnings", "layers", "error_message", "parts", "derived")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Adapter.State]
@@ -21,20 +21,40 @@ class Adapter(_message.Message):
         STATE_DRAINING: _ClassVar[Adapter.State]
         STATE_UNLOADED: _ClassVar[Adapter.State]
         STATE_FAILED: _ClassVar[Adapter.State]
+        STATE_REGISTERED: _ClassVar[Adapter.State]
     STATE_UNSPECIFIED: Adapter.State
     STATE_LOADING: Adapter.State
     STATE_READY: Adapter.State
     STATE_DRAINING: Adapter.State
     STATE_UNLOADED: Adapter.State
     STATE_FAILED: Adapter.State
+    STATE_REGISTERED: Adapter.State
     class Placement(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         PLACEMENT_UNSPECIFIED: _ClassVar[Adapter.Placement]
         PLACEMENT_HOST: _ClassVar[Adapter.Placement]
         PLACEMENT_DEVICE: _ClassVar[Adapter.Placement]
+        PLACEMENT_DISK: _ClassVar[Adapter.Placement]
     PLACEMENT_UNSPECIFIED: Adapter.Placement
     PLACEMENT_HOST: Adapter.Placement
     PLACEMENT_DEVICE: Adapter.Placement
+    PLACEMENT_DISK: Adapter.Placement
+    class LayerCoverage(_message.Message):
+        __slots__ = ("layer", "experts")
+        LAYER_FIELD_NUMBER: _ClassVar[int]
+        EXPERTS_FIELD_NUMBER: _ClassVar[int]
+        layer: int
+        experts: int
+        def __init__(self, layer: _Optional[int] = ..., experts: _Optional[int] = ...) -> None: ...
+    class Part(_message.Message):
+        __slots__ = ("adapter_id", "generation", "weight")
+        ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+        GENERATION_FIELD_NUMBER: _ClassVar[int]
+        WEIGHT_FIELD_NUMBER: _ClassVar[int]
+        adapter_id: str
+        generation: int
+        weight: float
+        def __init__(self, adapter_id: _Optional[str] = ..., generation: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +75,10 @@ class Adapter(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     SOURCE_PATH_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    DERIVED_FIELD_NUMBER: _ClassVar[int]
     name: str
     generation: int
     digest: str
@@ -75,10 +99,22 @@ class Adapter(_message.Message):
     create_time: _timestamp_pb2.Timestamp
     source_path: str
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., placement: _Optional[_Union[Adapter.Placement, str]] = ..., device_slots: _Optional[_Iterable[int]] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., bytes_tensors: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., expert_count: _Optional[int] = ..., base_model: _Optional[str] = ..., pinned: _Optional[bool] = ..., inflight_requests: _Optional[int] = ..., load_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., source_path: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    layers: _containers.RepeatedCompositeFieldContainer[Adapter.LayerCoverage]
+    error_message: str
+    parts: _containers.RepeatedCompositeFieldContainer[Adapter.Part]
+    derived: bool
+    def __init__(self, name: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., placement: _Optional[_Union[Adapter.Placement, str]] = ..., device_slots: _Optional[_Iterable[int]] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., bytes_tensors: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., expert_count: _Optional[int] = ..., base_model: _Optional[str] = ..., pinned: _Optional[bool] = ..., inflight_requests: _Optional[int] = ..., load_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., source_path: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., layers: _Optional[_Iterable[_Union[Adapter.LayerCoverage, _Mapping]]] = ..., error_message: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Adapter.Part, _Mapping]]] = ..., derived: _Optional[bool] = ...) -> None: ...
+
+class Alias(_message.Message):
+    __slots__ = ("alias", "adapter_id")
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    alias: str
+    adapter_id: str
+    def __init__(self, alias: _Optional[str] = ..., adapter_id: _Optional[str] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
-    __slots__ = ("adapter_id", "source_path", "expected_digest", "pinned", "replace", "expected_generation", "validate_only", "request_id")
+    __slots__ = ("adapter_id", "source_path", "expected_digest", "pinned", "replace", "expected_generation", "validate_only", "request_id", "lazy")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_PATH_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +123,7 @@ class LoadAdapterRequest(_message.Message):
     EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     VALIDATE_ONLY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LAZY_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     source_path: str
     expected_digest: str
@@ -95,9 +132,36 @@ class LoadAdapterRequest(_message.Message):
     expected_generation: int
     validate_only: bool
     request_id: str
-    def __init__(self, adapter_id: _Optional[str] = ..., source_path: _Optional[str] = ..., expected_digest: _Optional[str] = ..., pinned: _Optional[bool] = ..., replace: _Optional[bool] = ..., expected_generation: _Optional[int] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ...) -> None: ...
+    lazy: bool
+    def __init__(self, adapter_id: _Optional[str] = ..., source_path: _Optional[str] = ..., expected_digest: _Optional[str] = ..., pinned: _Optional[bool] = ..., replace: _Optional[bool] = ..., expected_generation: _Optional[int] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ..., lazy: _Optional[bool] = ...) -> None: ...
 
 class LoadAdapterResponse(_message.Message):
+    __slots__ = ("adapter", "already_loaded")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    ALREADY_LOADED_FIELD_NUMBER: _ClassVar[int]
+    adapter: Adapter
+    already_loaded: bool
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., already_loaded: _Optional[bool] = ...) -> None: ...
+
+class ComposeAdapterRequest(_message.Message):
+    __slots__ = ("adapter_id", "expression", "pinned", "replace", "expected_generation", "validate_only", "request_id")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    EXPRESSION_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    VALIDATE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    expression: str
+    pinned: bool
+    replace: bool
+    expected_generation: int
+    validate_only: bool
+    request_id: str
+    def __init__(self, adapter_id: _Optional[str] = ..., expression: _Optional[str] = ..., pinned: _Optional[bool] = ..., replace: _Optional[bool] = ..., expected_generation: _Optional[int] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ComposeAdapterResponse(_message.Message):
     __slots__ = ("adapter", "already_loaded")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     ALREADY_LOADED_FIELD_NUMBER: _ClassVar[int]
@@ -120,10 +184,14 @@ class UnloadAdapterRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., expected_generation: _Optional[int] = ..., drain_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., force: _Optional[bool] = ..., allow_missing: _Optional[bool] = ...) -> None: ...
 
 class UnloadAdapterResponse(_message.Message):
-    __slots__ = ("adapter",)
+    __slots__ = ("adapter", "bytes_device_freed", "bytes_host_freed")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DEVICE_FREED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_HOST_FREED_FIELD_NUMBER: _ClassVar[int]
     adapter: Adapter
-    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
+    bytes_device_freed: int
+    bytes_host_freed: int
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., bytes_device_freed: _Optional[int] = ..., bytes_host_freed: _Optional[int] = ...) -> None: ...
 
 class GetAdapterRequest(_message.Message):
     __slots__ = ("name",)
@@ -138,27 +206,103 @@ class GetAdapterResponse(_message.Message):
     def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
 
 class ListAdaptersRequest(_message.Message):
-    __slots__ = ("page_size", "page_token", "state")
+    __slots__ = ("page_size", "page_token", "state", "name_prefix")
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    NAME_PREFIX_FIELD_NUMBER: _ClassVar[int]
     page_size: int
     page_token: str
     state: Adapter.State
-    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., state: _Optional[_Union[Adapter.State, str]] = ...) -> None: ...
+    name_prefix: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., name_prefix: _Optional[str] = ...) -> None: ...
 
 class ListAdaptersResponse(_message.Message):
-    __slots__ = ("adapters", "next_page_token", "slots_used", "slots_total", "bytes_used", "bytes_limit")
+    __slots__ = ("adapters", "next_page_token", "slots_used", "slots_total", "bytes_used", "bytes_limit", "bytes_host_used", "bytes_host_limit")
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SLOTS_USED_FIELD_NUMBER: _ClassVar[int]
     SLOTS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     BYTES_USED_FIELD_NUMBER: _ClassVar[int]
     BYTES_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_HOST_USED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_HOST_LIMIT_FIELD_NUMBER: _ClassVar[int]
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
     next_page_token: str
     slots_used: int
     slots_total: int
     bytes_used: int
     bytes_limit: int
-    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., slots_used: _Optional[int] = ..., slots_total: _Optional[int] = ..., bytes_used: _Optional[int] = ..., bytes_limit: _Optional[int] = ...) -> None: ...
+    bytes_host_used: int
+    bytes_host_limit: int
+    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., slots_used: _Optional[int] = ..., slots_total: _Optional[int] = ..., bytes_used: _Optional[int] = ..., bytes_limit: _Optional[int] = ..., bytes_host_used: _Optional[int] = ..., bytes_host_limit: _Optional[int] = ...) -> None: ...
+
+class WatchAdaptersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WatchAdaptersResponse(_message.Message):
+    __slots__ = ("adapter", "snapshot_complete")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    adapter: Adapter
+    snapshot_complete: bool
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., snapshot_complete: _Optional[bool] = ...) -> None: ...
+
+class PinAdapterRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class PinAdapterResponse(_message.Message):
+    __slots__ = ("adapter",)
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    adapter: Adapter
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
+
+class UnpinAdapterRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class UnpinAdapterResponse(_message.Message):
+    __slots__ = ("adapter",)
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    adapter: Adapter
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
+
+class SetAliasRequest(_message.Message):
+    __slots__ = ("alias", "adapter_id")
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    alias: str
+    adapter_id: str
+    def __init__(self, alias: _Optional[str] = ..., adapter_id: _Optional[str] = ...) -> None: ...
+
+class SetAliasResponse(_message.Message):
+    __slots__ = ("alias",)
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    alias: Alias
+    def __init__(self, alias: _Optional[_Union[Alias, _Mapping]] = ...) -> None: ...
+
+class DeleteAliasRequest(_message.Message):
+    __slots__ = ("alias",)
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    alias: str
+    def __init__(self, alias: _Optional[str] = ...) -> None: ...
+
+class DeleteAliasResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListAliasesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListAliasesResponse(_message.Message):
+    __slots__ = ("aliases",)
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    aliases: _containers.RepeatedCompositeFieldContainer[Alias]
+    def __init__(self, aliases: _Optional[_Iterable[_Union[Alias, _Mapping]]] = ...) -> None: ...

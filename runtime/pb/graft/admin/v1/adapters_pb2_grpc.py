@@ -40,6 +40,11 @@ class AdapterServiceStub:
                 request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
                 response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
                 _registered_method=True)
+        self.ComposeAdapter = channel.unary_unary(
+                '/graft.admin.v1.AdapterService/ComposeAdapter',
+                request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ComposeAdapterRequest.SerializeToString,
+                response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ComposeAdapterResponse.FromString,
+                _registered_method=True)
         self.UnloadAdapter = channel.unary_unary(
                 '/graft.admin.v1.AdapterService/UnloadAdapter',
                 request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.SerializeToString,
@@ -55,6 +60,36 @@ class AdapterServiceStub:
                 request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.WatchAdapters = channel.unary_stream(
+                '/graft.admin.v1.AdapterService/WatchAdapters',
+                request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
+                response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.FromString,
+                _registered_method=True)
+        self.PinAdapter = channel.unary_unary(
+                '/graft.admin.v1.AdapterService/PinAdapter',
+                request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.PinAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnpinAdapter = channel.unary_unary(
+                '/graft.admin.v1.AdapterService/UnpinAdapter',
+                request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
+                response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.FromString,
+                _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/graft.admin.v1.AdapterService/SetAlias',
+                request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.SetAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/graft.admin.v1.AdapterService/DeleteAlias',
+                request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
+        self.ListAliases = channel.unary_unary(
+                '/graft.admin.v1.AdapterService/ListAliases',
+                request_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAliasesRequest.SerializeToString,
+                response_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAliasesResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -69,8 +104,19 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ComposeAdapter(self, request, context):
+        """Gives a weighted sum of adapters a name. It is an adapter of its own generation, and stays what it is when its parts
+        are replaced or unloaded: compose it again with `replace` to follow them. While it is only on disk, which is where
+        the files of its parts are, it is made of them anew when a request names it, if they are still those that it was
+        made of.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UnloadAdapter(self, request, context):
-        """Takes no new requests for an adapter and frees it when the running ones have ended.
+        """Takes no new requests for an adapter and frees it when the running ones have ended. Every generation of the name
+        that still drains is waited for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,6 +136,49 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchAdapters(self, request, context):
+        """First all adapters, one in each message, then a message with `snapshot_complete`, then every change in order. A
+        watcher that falls behind loses the stream with RESOURCE_EXHAUSTED, reason WATCHER_TOO_SLOW, and may watch again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinAdapter(self, request, context):
+        """Keeps an adapter on the device, whatever others need.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinAdapter(self, request, context):
+        """Lets a pinned adapter leave the device again when others need its place.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAlias(self, request, context):
+        """Lets an alias stand for an adapter: requests that come after the answer get that one. Moving an alias is one step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Forgets an alias; the adapter stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAliases(self, request, context):
+        """Tells all aliases and what they stand for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -97,6 +186,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.LoadAdapter,
                     request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterRequest.FromString,
                     response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'ComposeAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.ComposeAdapter,
+                    request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ComposeAdapterRequest.FromString,
+                    response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ComposeAdapterResponse.SerializeToString,
             ),
             'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.UnloadAdapter,
@@ -112,6 +206,36 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersRequest.FromString,
                     response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'WatchAdapters': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchAdapters,
+                    request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.FromString,
+                    response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.SerializeToString,
+            ),
+            'PinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinAdapter,
+                    request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.PinAdapterRequest.FromString,
+                    response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.PinAdapterResponse.SerializeToString,
+            ),
+            'UnpinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinAdapter,
+                    request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.FromString,
+                    response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.SetAliasRequest.FromString,
+                    response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.SetAliasResponse.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.DeleteAliasResponse.SerializeToString,
+            ),
+            'ListAliases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAliases,
+                    request_deserializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAliasesRequest.FromString,
+                    response_serializer=graft_dot_admin_dot_v1_dot_adapters__pb2.ListAliasesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -142,6 +266,33 @@ class AdapterService:
             '/graft.admin.v1.AdapterService/LoadAdapter',
             graft_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
             graft_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ComposeAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graft.admin.v1.AdapterService/ComposeAdapter',
+            graft_dot_admin_dot_v1_dot_adapters__pb2.ComposeAdapterRequest.SerializeToString,
+            graft_dot_admin_dot_v1_dot_adapters__pb2.ComposeAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -223,6 +374,168 @@ class AdapterService:
             '/graft.admin.v1.AdapterService/ListAdapters',
             graft_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
             graft_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/graft.admin.v1.AdapterService/WatchAdapters',
+            graft_dot_admin_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
+            graft_dot_admin_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graft.admin.v1.AdapterService/PinAdapter',
+            graft_dot_admin_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+            graft_dot_admin_dot_v1_dot_adapters__pb2.PinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graft.admin.v1.AdapterService/UnpinAdapter',
+            graft_dot_admin_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
+            graft_dot_admin_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graft.admin.v1.AdapterService/SetAlias',
+            graft_dot_admin_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+            graft_dot_admin_dot_v1_dot_adapters__pb2.SetAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graft.admin.v1.AdapterService/DeleteAlias',
+            graft_dot_admin_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+            graft_dot_admin_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAliases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graft.admin.v1.AdapterService/ListAliases',
+            graft_dot_admin_dot_v1_dot_adapters__pb2.ListAliasesRequest.SerializeToString,
+            graft_dot_admin_dot_v1_dot_adapters__pb2.ListAliasesResponse.FromString,
             options,
             channel_credentials,
             insecure,
