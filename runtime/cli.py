@@ -121,6 +121,13 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_tiers(serve: argparse.ArgumentParser) -> None:
     engine = EngineConfig(Path())
     add = serve.add_argument
+    add("--adapters-on-demand", action="store_true", help="requests may name any folder right under the adapters root")
+    add(
+        "--adapters-manifest",
+        type=Path,
+        metavar="FILE",
+        help="JSON or YAML list of adapters that are to be there (name, path, digest, pinned, aliases); followed",
+    )
     add(
         "--adapter-host-memory-gib",
         type=float,

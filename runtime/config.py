@@ -84,7 +84,8 @@ class ServerConfig:
 
     A draining server goes on answering for `drain_delay_seconds` at least, so that load balancers see it before it is
     gone, and waits for running requests for `drain_timeout_seconds` at most. It calls its engine stalled when no step
-    has finished for `stall_seconds` while requests run.
+    has finished for `stall_seconds` while requests run. With `adapters_on_demand` a request may name any folder right
+    under `adapters_root`; `adapters_manifest` is a file that lists the adapters that are to be there.
     """
 
     engine: EngineConfig
@@ -94,6 +95,8 @@ class ServerConfig:
     admin_port: int = 8034
     http_port: int = 8035
     adapters_root: Path | None = None
+    adapters_on_demand: bool = False
+    adapters_manifest: Path | None = None
     adapters: dict[str, Path] = field(default_factory=dict)
     max_new_tokens_limit: int = 1024
     default_max_new_tokens: int = 20
@@ -118,6 +121,10 @@ class ServerConfig:
             _require(0 <= getattr(self, name) <= 65535, name, getattr(self, name), "0..65535")
         if self.adapters_root is not None:
             _require(self.adapters_root.is_dir(), "adapters_root", str(self.adapters_root), "an existing directory")
+        needs_root = self.adapters_on_demand or self.adapters_manifest is not None
+        _require(not needs_root or self.adapters_root is not None, "adapters_root", self.adapters_root, "a directory")
+        manifest = self.adapters_manifest
+        _require(manifest is None or manifest.is_file(), "adapters_manifest", str(manifest), "an existing file")
         _require(
             1 <= self.default_max_new_tokens <= self.max_new_tokens_limit,
             "default_max_new_tokens",

@@ -46,6 +46,8 @@ def build_config(options: argparse.Namespace) -> ServerConfig:
         admin_port=options.admin_port,
         http_port=options.http_port,
         adapters_root=options.adapters_root,
+        adapters_on_demand=options.adapters_on_demand,
+        adapters_manifest=options.adapters_manifest,
         adapters=_adapters(options.adapter),
         max_new_tokens_limit=options.max_new_tokens,
         default_max_new_tokens=options.default_max_new_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeAlias
 
@@ -30,9 +30,13 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
 
     generator: TextGenerator
 
-    def __init__(self, client: EngineClient, gate: Gate) -> None:
+    def __init__(
+        self, client: EngineClient, gate: Gate, register: Callable[[str | None], Awaitable[None]]
+    ) -> None:
+        """`register` lets the engine know an adapter that lies under the adapters root, before it is asked for."""
         self._client = client
         self._gate = gate
+        self._register = register
         self._admission = Admission(client, gate)
 
     async def Generate(self, request: pb.BatchedGenerationRequest, context: Context) -> pb.BatchedGenerationResponse:
@@ -40,6 +44,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         with self._admission.enter(context) as call, _tgis_errors():
             adapter = validate_adapter_id(request.adapter_id, request.prefix_id)
             call.adapter = adapter or ""
+            await self._register(adapter)
             limits = self.generator.limits
             options = validate_parameters(request.params, limits)
             if len(request.requests) > limits.max_batch_requests:
@@ -58,6 +63,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         with self._admission.enter(context) as call, _tgis_errors():
             adapter = validate_adapter_id(request.adapter_id, request.prefix_id)
             call.adapter = adapter or ""
+            await self._register(adapter)
             options = validate_parameters(request.params, self.generator.limits)
             prepared = await self.generator.prepare(request.request.text, options, adapter, "request.text")
             async with aclosing(self.generator.run(prepared, call)) as progresses:
@@ -78,6 +84,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self._gate.check()
         with _tgis_errors():
             if adapter := validate_adapter_id(request.adapter_id, request.prefix_id):
+                await self._register(adapter)
                 for term in parse_expression(adapter):
                     await self._client.list_adapters(term.reference)
             limit = self.generator.limits.max_batch_requests

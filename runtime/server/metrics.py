@@ -19,6 +19,7 @@ from runtime.server.request_timer import RequestSeries, RequestTimer
 
 ADMISSION_REASONS = ("QUEUE_FULL", "STARTING", "DRAINING", "DEADLINE_TOO_SHORT")
 MAX_FAILURE_SERIES = 128
+MANIFEST_OUTCOMES = ("applied", "failed")
 
 
 class Metrics(Collector):
@@ -47,6 +48,11 @@ class Metrics(Collector):
         )
         for reason in ADMISSION_REASONS:
             self._rejections.expose(reason)
+        self._manifest = LabelledCounter(
+            "manifest_entries", "Changes that the manifest asked for", model_name, ["outcome"], len(MANIFEST_OUTCOMES)
+        )
+        for outcome in MANIFEST_OUTCOMES:
+            self._manifest.expose(outcome)
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -62,7 +68,8 @@ class Metrics(Collector):
         yield draining
         yield from self._requests.families()
         yield from self._adapters.families()
-        yield from (series.family() for series in (self._iteration_tokens, self._failures, self._rejections))
+        for series in (self._iteration_tokens, self._failures, self._rejections, self._manifest):
+            yield series.family()
 
     def set_max_model_len(self, max_model_len: int) -> None:
         """The engine is ready and tells its longest sequence, prompt and output tokens together."""
@@ -89,6 +96,10 @@ class Metrics(Collector):
         """A request for text was refused; for a reason that lies in the request itself nothing is counted."""
         if reason in ADMISSION_REASONS:
             self._rejections.inc(reason)
+
+    def count_manifest(self, *, applied: bool) -> None:
+        """An entry of the manifest was brought about, or failed."""
+        self._manifest.inc(MANIFEST_OUTCOMES[0 if applied else 1])
 
     def start_request(
         self, num_prompt_tokens: int, adapter: str | None = None, arrived: float | None = None

@@ -15,11 +15,14 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from loaders.tokenizer import Tokenizer
+from runtime.adapters.info import AdapterInfo
 from runtime.config import ServerConfig
 from runtime.engine.process import DEFAULT_ENGINE
 from runtime.errors import Precondition
 from runtime.pb.fmaas import generation_pb2_grpc
 from runtime.pb.graft.admin.v1 import adapters_pb2_grpc, server_pb2_grpc
+from runtime.server.adapter_manifest import AdapterManifest
+from runtime.server.adapter_root import AdapterRoot
 from runtime.server.adapter_service import AdapterService
 from runtime.server.drain import Drain
 from runtime.server.engine_client import EngineClient
@@ -70,11 +73,13 @@ class Server:
         )
         self._drain = Drain(self._gate, self._health, self._metrics)
         self._client.on_step = self._metrics.count_step
-        self._client.on_adapters = self._metrics.update_adapters
-        self._generation = GenerationService(self._client, self._gate)
+        self._client.on_adapters = self._update_adapters
+        self._root = AdapterRoot(self._client, config.adapters_root if config.adapters_on_demand else None)
+        self._generation = GenerationService(self._client, self._gate, self._root.register)
         self._service = ServerService(config, self._client, self._gate, self._health, self._drain)
         self._http = HttpServer(self._client, self._gate, self._health, self._metrics, config.model_name)
         self._watching: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
         interceptors = [ErrorInterceptor(self._metrics)]
         options = channel_options(config)
         self._public = grpc.aio.server(interceptors=interceptors, options=options)
@@ -100,6 +105,12 @@ class Server:
         self._service.limits = limits
         for name, path in config.adapters.items():
             await self._client.load_adapter(name, str(path.resolve()))
+        if config.adapters_manifest is not None:
+            manifest = AdapterManifest(
+                self._client, config.adapters_manifest, config.adapters_root, self._metrics.count_manifest
+            )
+            await manifest.reconcile()
+            self._following = asyncio.create_task(manifest.follow(), name="manifest")
         self._watching = asyncio.create_task(StallWatch(self._client, self._health, config.stall_seconds).run())
         self._gate.state = ServerState.READY
         await self._health.set_ready(True)
@@ -126,15 +137,20 @@ class Server:
         if self._client.dead.done():
             await self._health.set_alive(False)
         try:
-            if self._watching is not None:
-                self._watching.cancel()
+            tasks = [task for task in (self._watching, self._following) if task is not None]
+            for task in tasks:
+                task.cancel()
             await asyncio.gather(self._public.stop(STOP_GRACE_SECONDS), self._admin.stop(STOP_GRACE_SECONDS))
             await self._http.stop()
-            if self._watching is not None:
+            for task in tasks:
                 with contextlib.suppress(asyncio.CancelledError):
-                    await self._watching
+                    await task
         finally:
             await self._client.stop()
+
+    def _update_adapters(self, adapters: list[AdapterInfo]) -> None:
+        self._metrics.update_adapters(adapters)
+        self._root.update(adapters)
 
     def _add_services(self) -> None:
         config = self._config

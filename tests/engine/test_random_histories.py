@@ -31,6 +31,7 @@ from runtime.engine.messages import (
     FinishReason,
     LoadAdapter,
     PauseRequest,
+    PinAdapter,
     PromptScored,
     RequestFailed,
     RequestId,
@@ -54,13 +55,13 @@ BROKEN = "broken"
 NUM_CANCELLED = 1000
 DRAIN_SECONDS = 60.0
 # Without shrinking, which would take minutes: add Phase.shrink to look into a failure.
-PROFILE = settings(max_examples=30, stateful_step_count=60, derandomize=True, deadline=None, database=None,
+PROFILE = settings(max_examples=45, stateful_step_count=60, derandomize=True, deadline=None, database=None,
                    phases=[Phase.generate], suppress_health_check=list(HealthCheck))  # fmt: skip
 
 # What must have happened at least once, or the histories say little.
 COUNTED = ("steps", "preemptions", "paused sequences in a step", "AdapterReply", "CallFailed", "cancels",
            FinishReason.EOS, FinishReason.MAX_NEW_TOKENS, FinishReason.DEADLINE, "ADAPTER_NOT_FOUND",
-           "QUEUE_FULL")  # fmt: skip
+           "QUEUE_FULL", "ADAPTER_UNLOADED", "ADAPTER_DRAINING")  # fmt: skip
 
 names = st.sampled_from([*RECIPES, BROKEN])
 wanted = st.sampled_from([None, None, "experts", *RECIPES, BROKEN])
@@ -144,9 +145,27 @@ class EngineHistory(RuleBasedStateMachine):
     def load(self, name: str) -> None:
         self._call(LoadAdapter(self._next_call(), name, str(self.adapters[name])))
 
-    @rule(name=names)
-    def unload(self, name: str) -> None:
-        self._call(UnloadAdapter(self._next_call(), name))
+    @rule(name=names, files=names, pinned=st.booleans(), lazy=st.booleans())
+    def replace(self, name: str, files: str, pinned: bool, lazy: bool) -> None:
+        path = str(self.adapters[files])
+        lazy = lazy and files != BROKEN  # or the name is dead for seconds
+        self._call(LoadAdapter(self._next_call(), name, path, replace=True, pinned=pinned and not lazy, lazy=lazy))
+
+    @rule(name=st.sampled_from([*RECIPES]), params=params, force=st.booleans())
+    def unload_in_use(self, name: str, params: SamplingParams, force: bool) -> None:
+        self.load(name)
+        self.add(5, params, name, 2, None, 1)
+        self.step(8)
+        self.add(5, params, name, 2, None, 1)
+        self.unload(name, force, 0.0)
+
+    @rule(name=names, force=st.booleans(), seconds=st.sampled_from([None, 0.0, 0.01]))
+    def unload(self, name: str, force: bool, seconds: float | None) -> None:
+        self._call(UnloadAdapter(self._next_call(), name, force=force, drain_seconds=seconds))
+
+    @rule(name=names, pinned=st.booleans())
+    def pin(self, name: str, pinned: bool) -> None:
+        self._call(PinAdapter(self._next_call(), name, pinned))
 
     @invariant()
     def every_block_is_free_or_held_by_one_running_sequence(self) -> None:
@@ -173,7 +192,7 @@ class EngineHistory(RuleBasedStateMachine):
         self.num_calls += 1
         return CallId(self.num_calls)
 
-    def _call(self, command: LoadAdapter | UnloadAdapter) -> None:
+    def _call(self, command: LoadAdapter | UnloadAdapter | PinAdapter) -> None:
         self.open_calls.add(command.call_id)
         self.engine.submit(command)
 
@@ -205,6 +224,7 @@ class EngineHistory(RuleBasedStateMachine):
             case AdapterReply(call_id) | CallFailed(call_id):
                 self.open_calls.remove(call_id)
                 self.seen[type(event).__name__] += 1
+                self.seen[event.reason if isinstance(event, CallFailed) else "done"] += 1
 
     def _take_output(self, output: SequenceOutput) -> None:
         told = self.told[output.request_id]

@@ -24,6 +24,7 @@ FAMILIES = {
     "graft_adapter_loads": "counter",
     "graft_adapter_evictions": "counter",
     "graft_requests_waiting_for_adapter": "gauge",
+    "graft_manifest_entries": "counter",
     "graft_adapter_requests": "counter",
     "graft_adapters_resident": "gauge",
     "graft_admission_rejections": "counter",
