@@ -47,7 +47,7 @@ def test_a_request_may_name_a_folder_that_nobody_loaded_if_the_server_allows_it(
             assert refused(lambda: server.generate("x", name))[1] == reason  # noqa: B023
         server.generate("date: 3 May 2024 ->", ISO)
         server.generate("x", f"0.5*{ISO}+0.5*{OTHER}")
-        assert _states(server)[OTHER] == "READY"
+        assert OTHER in _states(server)
     with LiveServer.demo(root) as server:
         assert refused(lambda: server.generate("x", ISO))[1] == "ADAPTER_NOT_FOUND"
 
