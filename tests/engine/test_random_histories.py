@@ -136,9 +136,19 @@ class EngineHistory(RuleBasedStateMachine):
         self.engine.submit(PauseRequest(self._living(index), paused))
         self.step(steps)
 
+    @rule(index=st.integers(0, 5), steps=few)
+    def pause_one_that_runs(self, index: int, steps: int) -> None:
+        """Few histories happen to name one."""
+        running = self.engine.scheduler.running
+        if running:
+            self.engine.submit(PauseRequest(running[index % len(running)].request_id, paused=True))
+            self.step(steps)
+
     @rule(count=st.integers(1, 8))
     def step(self, count: int) -> None:
         for _ in range(count):
+            if not self.engine.scheduler.can_run():
+                self.engine.wait_for_work(0.002)  # or histories are over before a file is read, and little ever runs
             self._step()
 
     @rule(name=names)
