@@ -133,7 +133,7 @@ class AdapterFolder:
         if inner:
             return f"; adapters lie in its subdirectories: {', '.join(inner[:5])}"
         if ESFT_CONFIG_FILE in names:
-            return "; an ESFT adapter (full weights of chosen experts, not LoRA), which is not served yet"
+            return "; an ESFT adapter (full weights of chosen experts, not LoRA), which no LoRA file can express"
         if any(name.startswith("mp_rank_") for name in names):
             return "; shards of Megatron or MindSpeed-LLM, make one adapter of them with `graft convert`"
         return ""
@@ -197,7 +197,8 @@ class AdapterFolder:
 
 def folder_digest(path: Path) -> str:
     """The digest of an adapter's folder as a load would find it; raises AdapterError."""
-    with AdapterFolder(path, None) as folder:
+    is_esft = (path / ESFT_CONFIG_FILE).is_file() and not (path / CONFIG_FILE).is_file()
+    with AdapterFolder(path, None, ESFT_CONFIG_FILE if is_esft else CONFIG_FILE) as folder:
         folder.read(set())
         return folder.digest
 

@@ -5,6 +5,7 @@
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from loaders.adapter_explain import explain_hidden, no_experts
-from loaders.adapter_folder import ESFT_CONFIG_FILE, AdapterFolder, AdapterTensor
+from loaders.adapter_folder import CONFIG_FILE, ESFT_CONFIG_FILE, AdapterFolder, AdapterTensor
 from loaders.adapter_names import plain_key
 from loaders.adapter_types import AdapterTargets, ExpertShape, ExpertWeights, ReplacementExperts
 from loaders.errors import AdapterError
@@ -26,21 +27,31 @@ Place = tuple[int, int, str]  # layer, expert, projection
 
 
 def is_esft(path: Path) -> bool:
-    """Whether the directory has ESFT's configuration."""
-    return (Path(path) / ESFT_CONFIG_FILE).is_file()
+    """Whether the directory is an ESFT adapter: it has ESFT's configuration, and none of a LoRA adapter."""
+    return (Path(path) / ESFT_CONFIG_FILE).is_file() and not (Path(path) / CONFIG_FILE).is_file()
+
+
+def most_experts_of_a_layer(path: Path) -> int:
+    """How many experts the ESFT directory `path` replaces in the layer where it replaces most; AdapterError."""
+    with AdapterFolder(path, None, ESFT_CONFIG_FILE) as folder:
+        layers = folder.config.get("experts")
+    by_layer = layers.values() if isinstance(layers, dict) else ()
+    return max((len(experts) for experts in by_layer if isinstance(experts, list)), default=0)
 
 
 def load_replacement_experts(
-    path: Path, targets: AdapterTargets, *, max_bytes: int | None = None
+    path: Path, targets: AdapterTargets, *, max_bytes: int | None = None, max_experts_per_layer: int | None = None
 ) -> ReplacementExperts:
     """Load the ESFT directory `path`; weights are on CPU in their stored dtype.
 
     Raises AdapterError with every problem: each key is an expert's weight of the right shape that expert_cfg.json
-    names, and each expert that it names is whole.
+    names, and each expert that it names is whole. `max_experts_per_layer` is what a server has room for.
     """
     with AdapterFolder(path, max_bytes, ESFT_CONFIG_FILE) as folder:
         problems: list[str] = []
         chosen = set(_chosen(folder.config, targets, problems))
+        if max_experts_per_layer is not None:
+            problems.extend(_too_many(chosen, max_experts_per_layer))
         places = _places(folder.tensors, targets, problems)
         found = {place[:2] for place in places.values()}
         for layer, expert in sorted(found - chosen):
@@ -95,6 +106,16 @@ def _chosen(config: Mapping[str, Any], targets: AdapterTargets, problems: list[s
             )
         else:
             yield from ((layer, expert) for expert in experts)
+
+
+def _too_many(chosen: set[tuple[int, int]], room: int) -> Iterator[str]:
+    """The layer that needs most, if that is too much."""
+    layer, count = max(Counter(layer for layer, _ in chosen).items(), key=lambda item: item[1], default=(0, 0))
+    if count > room:
+        yield (
+            f"{count} experts of layer {layer} are replaced, and this server has room for {room or 'none'} in a layer: "
+            f"start it with --replacement-experts {count} or more"
+        )
 
 
 def _places(

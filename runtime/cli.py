@@ -133,7 +133,14 @@ def _add_tiers(serve: argparse.ArgumentParser) -> None:
         type=float,
         default=engine.adapter_host_memory_gib,
         metavar="X",
-        help="host memory for adapters; 0 takes twice --adapter-memory-gib",
+        help="host memory for adapters; 0 takes twice what they may take on the device",
+    )
+    add(
+        "--replacement-experts",
+        type=int,
+        default=engine.replacement_experts,
+        metavar="N",
+        help="set aside device memory for so many experts of each layer that ESFT adapters replace",
     )
     add(
         "--adapter-cycle-seconds",

@@ -21,7 +21,8 @@ class EngineConfig:
     """What the engine process needs. Zero means "choose from the model" for `max_model_len` and `kv_cache_tokens`.
 
     `max_adapters` slots and `adapter_memory_gib` bound what is on the device, `adapter_host_memory_gib` (0: twice as
-    much) what is in host memory beside it. While others wait for a slot, an adapter may keep its own for
+    much) what is in host memory beside it. `replacement_experts` of each layer are set aside on the device, beside
+    that memory, for ESFT adapters. While others wait for a slot, an adapter may keep its own for
     `adapter_cycle_seconds`; a request waits for one for `max_adapter_wait_seconds` at most.
     """
 
@@ -35,6 +36,7 @@ class EngineConfig:
     max_batch_size: int = 64
     max_waiting_requests: int = 1024
     adapter_memory_gib: float = 1.0
+    replacement_experts: int = 0
     adapter_host_memory_gib: float = 0.0
     adapter_cycle_seconds: float = 2.0
     max_adapter_wait_seconds: float = 60.0
@@ -65,8 +67,9 @@ class EngineConfig:
             f"1..{MAX_WAITING_REQUESTS}",
         )
         _require(self.adapter_memory_gib > 0, "adapter_memory_gib", self.adapter_memory_gib, "> 0")
+        _require(0 <= self.replacement_experts <= 10_000, "replacement_experts", self.replacement_experts, "0..10000")
         host = self.adapter_host_memory_gib
-        _require(host >= 0, "adapter_host_memory_gib", host, ">= 0 (0: twice adapter_memory_gib)")
+        _require(host >= 0, "adapter_host_memory_gib", host, ">= 0 (0: twice what adapters take on the device)")
         cycle, wait = self.adapter_cycle_seconds, self.max_adapter_wait_seconds
         _require(0 <= cycle <= DAY_SECONDS, "adapter_cycle_seconds", cycle, f"0..{DAY_SECONDS}")
         _require(0 < wait <= DAY_SECONDS, "max_adapter_wait_seconds", wait, f"above 0, at most {DAY_SECONDS}")

@@ -25,6 +25,18 @@ class TierCounts:
     evictions: int = 0
 
 
+@dataclass(frozen=True)
+class Lack:
+    """What is lacking for a seat: a slot, bytes of pages, or spare experts in these layers. False if nothing is."""
+
+    slot: bool
+    bytes: bool
+    layers: tuple[int, ...]
+
+    def __bool__(self) -> bool:
+        return self.slot or self.bytes or bool(self.layers)
+
+
 class DeviceTier:
     """Slots, pages and who waits for them. `on_change` hears of every adapter that came, left, or has to yield."""
 
@@ -48,8 +60,8 @@ class DeviceTier:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the adapters that are there or being copied."""
-        return sum(record.device_bytes for record in self._seated())
+        """Bytes of the pages of adapters that are there or being copied."""
+        return sum(record.page_bytes for record in self._seated())
 
     @property
     def is_installing(self) -> bool:
@@ -78,8 +90,8 @@ class DeviceTier:
         """Begin to copy an adapter to the device, if need be in the place of others; False if there is no place."""
         if record.host is None or self.holds(record):
             return self.holds(record)
-        victims = self._victims(record.facts.device_bytes) if evict else []
-        if victims is None or not self._fits(record.facts.device_bytes, victims):
+        victims = self._victims(record) if evict else []
+        if victims is None or self._lack(record, victims):
             return False
         for victim in victims:
             self.evict(victim)
@@ -107,18 +119,30 @@ class DeviceTier:
 
     @property
     def can_seat(self) -> bool:
-        """Whether the one that waits longest could have a seat now."""
-        for record in self._wanted:
-            victims = self._victims(record.facts.device_bytes)
-            return victims is not None and self._fits(record.facts.device_bytes, victims)
-        return False
+        """Whether one that waits could have a seat now."""
+        return self._next_seated() is not None
 
     def seat_wanted(self) -> None:
-        """Give seats to those that wait, oldest first; who cannot be seated keeps the younger ones waiting too."""
-        for record in list(self._wanted):
-            if not self.seat(record, evict=True):
-                break
+        """Give seats to those that wait, oldest first; who cannot be seated keeps the younger ones waiting too.
+
+        Who lacks nothing but spare experts keeps only those waiting that need such as well.
+        """
+        while (record := self._next_seated()) is not None and self.seat(record, evict=True):
+            pass
         self._let_yield()
+
+    def _next_seated(self) -> AdapterRecord | None:
+        wants_experts = False
+        for record in self._wanted:
+            if wants_experts and record.facts.replaced:
+                continue
+            if self._victims(record) is not None:
+                return record
+            lack = self._lack(record, [])
+            if lack.slot or lack.bytes:
+                return None
+            wants_experts = True
+        return None
 
     def evict(self, record: AdapterRecord) -> None:
         """Take an adapter off the device."""
@@ -143,19 +167,29 @@ class DeviceTier:
     def _seated(self) -> list[AdapterRecord]:
         return [*self._resident, *(record for record, _ in self._installing)]
 
-    def _fits(self, num_bytes: int, without: list[AdapterRecord]) -> bool:
-        freed = sum(record.device_bytes for record in without)
-        return bool(self._free_slots or without) and self.used_bytes - freed + num_bytes <= self.max_bytes
+    def _lack(self, record: AdapterRecord, without: list[AdapterRecord]) -> Lack:
+        """What an adapter would lack for a seat if others were gone."""
+        num_bytes = self.used_bytes - sum(other.page_bytes for other in without) + record.facts.page_bytes
+        missing = self.pages.spare.missing_layers(record.facts.replaced, [other.slot for other in without])
+        return Lack(not self._free_slots and not without, num_bytes > self.max_bytes, tuple(missing))
 
-    def _victims(self, num_bytes: int) -> list[AdapterRecord] | None:
-        """The fewest adapters, least recently used first, whose leaving makes room; None if all of them do not."""
+    def _victims(self, record: AdapterRecord) -> list[AdapterRecord] | None:
+        """Adapters, least recently used first, each of which leaves room for what is lacking; None if it never fits."""
         victims: list[AdapterRecord] = []
         candidates = sorted(filter(_may_leave, self._resident), key=lambda record: record.age)
-        while not self._fits(num_bytes, victims):
-            if not candidates:
+        while lack := self._lack(record, victims):
+            victim = next((other for other in candidates if self._eases(other, lack)), None)
+            if victim is None:
                 return None
-            victims.append(candidates.pop(0))
+            candidates.remove(victim)
+            victims.append(victim)
         return victims
+
+    def _eases(self, record: AdapterRecord, lack: Lack) -> bool:
+        """Whether a resident adapter's leaving brings some of what is lacking; any leaves a slot."""
+        if lack.layers:
+            return self.pages.spare.holds_any(record.slot, lack.layers)
+        return not lack.bytes or record.page_bytes > 0
 
     def _let_yield(self) -> None:
         """As many adapters as others wait for seats, those that have held theirs longest, beyond the cycle.
@@ -163,19 +197,34 @@ class DeviceTier:
         One whose requests found no place in a batch yet does not: it would leave with nothing done.
         """
         num_yielding = sum(record.is_yielding for record in self._resident)
+        num_wanted = sum(not record.facts.replaced for record in self._wanted)
         due = time.monotonic() - self._cycle_seconds
         staying = [
             record for record in self._resident if record.has_run and not (record.is_yielding or record.pinned)
         ]
-        for record in sorted(staying, key=lambda record: record.resident_since):
-            if num_yielding >= len(self._wanted) or record.resident_since > due:
-                break
+        staying = [record for record in staying if record.resident_since <= due]
+        staying.sort(key=lambda record: record.resident_since)
+        oldest = next(iter(self._wanted), None)
+        if oldest is not None and oldest.facts.replaced:
+            yielding = self._enough_for(oldest, staying)
+        else:
+            yielding = staying[: max(0, num_wanted - num_yielding)]
+        for record in yielding:
             record.is_yielding = True
-            num_yielding += 1
             self._on_change(record)
         if not self._wanted:
             for record in self._resident:
                 record.is_yielding = False
+
+    def _enough_for(self, record: AdapterRecord, staying: list[AdapterRecord]) -> list[AdapterRecord]:
+        """Those whose leaving brings all that it lacks; nobody if that is not enough, for they would idle in vain."""
+        leaving = [other for other in self._resident if other.is_yielding or _may_leave(other)]
+        chosen: list[AdapterRecord] = []
+        for other in staying:
+            lack = self._lack(record, leaving + chosen)
+            if lack and self._eases(other, lack):
+                chosen.append(other)
+        return [] if self._lack(record, leaving + chosen) else chosen
 
 
 def _may_leave(record: AdapterRecord) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from loaders.adapter import AdapterWeights, ExpertLora, LoraPair
 from loaders.errors import AdapterError
 from runtime.adapters.page_pool import HostPages
+from runtime.adapters.replacement_experts import LayerReplacement
 from runtime.ops.base import Ops
 
 # Ranks are padded to multiples of this at least: strides of grouped products must be multiples of 16 bytes.
@@ -45,15 +46,24 @@ class FactorLayout:
 
 @dataclass(frozen=True)
 class HostAdapter:
-    """Pages per linear module, and per MoE layer one HostPages for each padded rank in use."""
+    """Pages per linear module, and per MoE layer one HostPages for each padded rank in use.
+
+    An ESFT adapter has neither, but `replaced` experts by layer.
+    """
 
     linears: Mapping[str, HostPages]
     experts: Mapping[int, list[HostPages]]
+    replaced: Mapping[int, LayerReplacement] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
         """Bytes that this adapter takes on the device."""
-        return sum(pages.num_bytes for pages in self.linears.values()) + self.expert_bytes
+        return sum(pages.num_bytes for pages in self.linears.values()) + self.expert_bytes + self.replaced_bytes
+
+    @property
+    def replaced_bytes(self) -> int:
+        """Bytes of the experts that it replaces."""
+        return sum(replacement.num_bytes for replacement in self.replaced.values())
 
     @property
     def expert_bytes(self) -> int:
@@ -62,8 +72,9 @@ class HostAdapter:
 
     @property
     def num_expert_pages(self) -> int:
-        """Number of (layer, expert) pairs that it adapts."""
-        return sum(len(pages.regions) for layer in self.experts.values() for pages in layer)
+        """Number of (layer, expert) pairs that it adapts or replaces."""
+        num_replaced = sum(len(replacement.experts) for replacement in self.replaced.values())
+        return num_replaced + sum(len(pages.regions) for layer in self.experts.values() for pages in layer)
 
 
 def to_host_adapter(

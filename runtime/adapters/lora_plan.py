@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from runtime.adapters.device_pages import DevicePages
-from runtime.adapters.page_pool import PagePool
+from runtime.adapters.page_pool import NO_PAGE, PagePool
 from runtime.ops.base import Ops
 from runtime.ops.lora_rows import LoraRows
 from runtime.ops.routing import SortedRows
@@ -38,8 +38,8 @@ class LoraPlan:
         self._places = [BASE_SLOT, *sorted(self._active)]
         # By the pools' layouts: what is the same for all layers that have the same pages.
         self._linear_ends: dict[bytes, Tensor] = {}
-        self._last_keys: dict[bytes, Tensor] = {}
-        self._keyed_pages: dict[bytes, Tensor] = {}
+        self._last_keys: dict[tuple[bytes, int], Tensor] = {}
+        self._keyed_pages: dict[tuple[bytes, int], Tensor] = {}
 
     def add_linear_(self, module: str, y_TN: Tensor, x_TK: Tensor) -> None:
         """See StepLora."""
@@ -76,6 +76,15 @@ class LoraPlan:
                 start = stop
         return found
 
+    def replace_experts(self, layer: int, experts_TE: Tensor) -> Tensor | None:
+        """See StepLora."""
+        groups = self._pages.spare.groups_of(layer, self._active)
+        if groups is None:
+            return None
+        num_experts = groups.shape[0] // (self._pages.max_slots + 1)
+        index_TE = torch.add(experts_TE, self._table_rows_T1, alpha=num_experts)
+        return groups.index_select(0, index_TE.flatten()).view_as(experts_TE)
+
     def route_keys(self, experts_TE: Tensor) -> tuple[Tensor, int]:
         """See StepLora."""
         keys_of_expert = len(self._active) + 1
@@ -92,26 +101,36 @@ class LoraPlan:
         return PagedExpertDeltas(self._ops, [(pool, self._expert_rows(pool, keys_M, rows)) for pool in pools])
 
     def _expert_rows(self, pool: PagePool, keys_M: Callable[[], Tensor], rows: SortedRows) -> LoraRows:
+        num_keys = rows.counts_G.shape[0]
+
         def find_pages() -> Tensor:
-            return self._pages_of_keys(pool).index_select(0, keys_M())
+            return self._pages_of_keys(pool, num_keys).index_select(0, keys_M())
 
         def find_ends() -> Tensor:
-            return rows.ends_G.index_select(0, self._last_keys_of(pool))
+            return rows.ends_G.index_select(0, self._last_keys_of(pool, num_keys))
 
         return LoraRows(find_pages, find_ends, pool.num_pages, self._is_whole(pool))
 
-    def _pages_of_keys(self, pool: PagePool) -> Tensor:
-        """A key is (expert, place of the slot), so the table is read in that order."""
-        if pool.layout not in self._keyed_pages:
-            self._keyed_pages[pool.layout] = pool.table.index_select(0, self._table_rows_A).T.flatten()
-        return self._keyed_pages[pool.layout]
+    def _pages_of_keys(self, pool: PagePool, num_keys: int) -> Tensor:
+        """A key is (expert, place of the slot), so the table is read in that order; experts that adapters bring come
+        last and have no pages.
+        """
+        if (pool.layout, num_keys) not in self._keyed_pages:
+            pages = pool.table.index_select(0, self._table_rows_A).T.flatten()
+            if num_keys > pages.shape[0]:
+                pages = torch.nn.functional.pad(pages, (0, num_keys - pages.shape[0]), value=NO_PAGE)
+            self._keyed_pages[pool.layout, num_keys] = pages
+        return self._keyed_pages[pool.layout, num_keys]
 
-    def _last_keys_of(self, pool: PagePool) -> Tensor:
-        """[P]: the key before that of the next page."""
-        if pool.layout not in self._last_keys:
+    def _last_keys_of(self, pool: PagePool, num_keys: int) -> Tensor:
+        """[P]: the key before that of the next page; of the last page the last key."""
+        if (pool.layout, num_keys) not in self._last_keys:
             places_P = self._last_places_S.index_select(0, pool.next_slots_P)
-            self._last_keys[pool.layout] = torch.add(places_P, pool.next_regions_P, alpha=len(self._places))
-        return self._last_keys[pool.layout]
+            keys_P = torch.add(places_P, pool.next_regions_P, alpha=len(self._places))
+            if num_keys > pool.table.shape[1] * len(self._places):
+                keys_P[-1:] = num_keys - 1
+            self._last_keys[pool.layout, num_keys] = keys_P
+        return self._last_keys[pool.layout, num_keys]
 
     def _linear_rows(self, pool: PagePool) -> LoraRows:
         def find_pages() -> Tensor:
@@ -131,6 +150,10 @@ class LoraPlan:
     def _table_rows_T(self) -> Tensor:
         """Rows of page tables; row 0 is the base's, so slots are shifted by one."""
         return torch.tensor([slot + 1 for slot in self._row_slots], device=self._device)
+
+    @cached_property
+    def _table_rows_T1(self) -> Tensor:
+        return self._table_rows_T[:, None]
 
     @cached_property
     def _table_rows_A(self) -> Tensor:

@@ -78,10 +78,10 @@ class AdapterMemory:
 
     def check_size(self, record: AdapterRecord, read: ReadAdapter) -> None:
         """Raise Exhausted if it could not be on the device even alone."""
-        limit = self.device.max_bytes
-        if read.host.num_bytes > limit:
+        num_bytes, limit = read.facts.page_bytes, self.device.max_bytes
+        if num_bytes > limit:
             message = (
-                f"adapter {record.name!r} takes {read.host.num_bytes} bytes on the device, more than the {limit} that "
+                f"adapter {record.name!r} takes {num_bytes} bytes on the device, more than the {limit} that "
                 "all adapters may take: raise --adapter-memory-gib"
             )
             raise Exhausted(message, reason="ADAPTER_MEMORY_FULL")

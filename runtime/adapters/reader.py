@@ -16,11 +16,13 @@ import torch
 
 from loaders.adapter import AdapterTargets, load_adapter
 from loaders.errors import LoadError
+from loaders.replacement_experts import is_esft
 from runtime.adapters.compose import compose
 from runtime.adapters.expression import weight_text
 from runtime.adapters.host_adapter import FactorLayout, HostAdapter, to_host_adapter
 from runtime.adapters.info import LayerCoverage
 from runtime.adapters.record import AdapterFacts, Source
+from runtime.adapters.replacement_experts import NO_ROOM, SpareRoom, read_replacement
 from runtime.errors import Exhausted, GraftError, Internal, Precondition
 
 logger = logging.getLogger(__name__)
@@ -44,12 +46,16 @@ OnRead = Callable[[ReadAdapter | GraftError], None]
 
 @dataclass(frozen=True)
 class ReaderLimits:
-    """Files with larger ranks or more bytes are refused, and sums with larger joined ranks or more bytes of pages."""
+    """Files with larger ranks or more bytes are refused, and sums with larger joined ranks or more bytes of pages.
+
+    `spare` is the device's room for experts that ESFT adapters bring.
+    """
 
     max_lora_rank: int
     max_bytes: int
     max_joined_rank: int
     max_sum_bytes: int
+    spare: SpareRoom = NO_ROOM
 
 
 class AdapterReader:
@@ -103,13 +109,17 @@ class AdapterReader:
         started = time.monotonic()
         if source.parts:
             return self._sum(name, source, started)
-        limits, digest = self._limits, source.digest
+        path, limits = Path(source.path), self._limits
+        if is_esft(path):
+            replacement, replaced = read_replacement(path, self._targets, limits.spare, self._dtype)
+            _require_digest(name, source.digest, replacement.digest)
+            host = HostAdapter({}, {}, replaced)
+            facts = _facts(host, replacement.num_bytes, ())
+            return ReadAdapter(replacement.digest, host, facts, time.monotonic() - started)
         weights = load_adapter(
-            Path(source.path), self._targets, max_lora_rank=limits.max_lora_rank, max_bytes=limits.max_bytes
+            path, self._targets, max_lora_rank=limits.max_lora_rank, max_bytes=limits.max_bytes
         )
-        if digest and weights.digest != digest:
-            message = f"adapter {name!r} has digest {weights.digest}, expected {digest}"
-            raise Precondition(message, reason="DIGEST_MISMATCH", field="expected_digest")
+        _require_digest(name, source.digest, weights.digest)
         host = to_host_adapter(weights, self._dtype, self._layout)
         facts = _facts(host, weights.num_bytes, weights.warnings)
         return ReadAdapter(weights.digest, host, facts, time.monotonic() - started)
@@ -119,6 +129,12 @@ class AdapterReader:
         reads: list[ReadAdapter] = []
         for _, part in source.parts:
             reads.append(self._read_part(part))
+            if reads[-1].host.replaced:
+                message = (
+                    f"adapter {name!r}: {part.label} is an ESFT adapter, whose experts take the place of the base's: "
+                    "it cannot be a part of a sum, name it alone"
+                )
+                raise Precondition(message, reason="ADAPTER_REFUSED", field="adapter_id")
             num_bytes = sum(read.host.num_bytes for read in reads)
             if num_bytes > self._limits.max_sum_bytes:
                 message = (
@@ -152,6 +168,12 @@ class AdapterReader:
             raise as_changed(part.label, error) from error
 
 
+def _require_digest(name: str, expected: str, digest: str) -> None:
+    if expected and digest != expected:
+        message = f"adapter {name!r} has digest {digest}, expected {expected}"
+        raise Precondition(message, reason="DIGEST_MISMATCH", field="expected_digest")
+
+
 def as_changed(label: str, error: GraftError) -> GraftError:
     """A generation stands for its bytes: when the files are others now, it cannot be read again."""
     if error.reason != "DIGEST_MISMATCH":
@@ -162,19 +184,20 @@ def as_changed(label: str, error: GraftError) -> GraftError:
 
 def _facts(host: HostAdapter, tensor_bytes: int, warnings: Sequence[str]) -> AdapterFacts:
     leaves = {name.rsplit(".", 1)[-1] for name in host.linears}
+    replaced = {layer: len(replacement.experts) for layer, replacement in host.replaced.items()}
+    num_experts = {layer: sum(len(pages.regions) for pages in by_rank) for layer, by_rank in host.experts.items()}
     ranks = [pages.lora_rank for layer in host.experts.values() for pages in layer]
     ranks += [pages.lora_rank for pages in host.linears.values()]
     return AdapterFacts(
         lora_rank_max=max(ranks, default=0),
         num_expert_pages=host.num_expert_pages,
-        target_modules=sorted(leaves) + (["experts"] if host.experts else []),
+        target_modules=sorted(leaves) + ["experts"] * bool(host.experts) + ["replaced_experts"] * bool(replaced),
         tensor_bytes=tensor_bytes,
         device_bytes=host.num_bytes,
-        layers=[
-            LayerCoverage(layer, sum(len(pages.regions) for pages in by_rank))
-            for layer, by_rank in sorted(host.experts.items())
-        ],
+        layers=[LayerCoverage(layer, count) for layer, count in sorted((num_experts | replaced).items())],
         warnings=printable(warnings),
+        replaced=replaced,
+        replaced_bytes=host.replaced_bytes,
     )
 
 

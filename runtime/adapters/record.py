@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 
@@ -13,7 +14,10 @@ from runtime.errors import GraftError
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What was found in its files; `device_bytes` is what its pages take in either tier."""
+    """What was found in its files; `device_bytes` is what its pages, and experts that it replaces, take in either tier.
+
+    `replaced`: how many experts it replaces in each layer.
+    """
 
     lora_rank_max: int = 0
     num_expert_pages: int = 0
@@ -22,6 +26,13 @@ class AdapterFacts:
     device_bytes: int = 0
     layers: list[LayerCoverage] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    replaced: Mapping[int, int] = field(default_factory=dict)
+    replaced_bytes: int = 0
+
+    @property
+    def page_bytes(self) -> int:
+        """What its pages alone take: experts that it replaces have room of their own on the device."""
+        return self.device_bytes - self.replaced_bytes
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,11 @@ class AdapterRecord:
     def device_bytes(self) -> int:
         """Bytes that it takes on the device, or is about to: 0 without a slot."""
         return self.facts.device_bytes if self.slot >= 0 else 0
+
+    @property
+    def page_bytes(self) -> int:
+        """Of these the bytes of its pages."""
+        return self.facts.page_bytes if self.slot >= 0 else 0
 
     def info(
         self, *, already_loaded: bool = False, freed_host_bytes: int = 0, freed_device_bytes: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +22,12 @@ from runtime.adapters.memory import AdapterMemory
 from runtime.adapters.reader import AdapterReader, ReaderLimits
 from runtime.adapters.record import AdapterRecord
 from runtime.adapters.registry import AdapterRegistry
+from runtime.adapters.replacement_experts import MAX_FILE_BYTES_PER_DEVICE_BYTE
 from runtime.adapters.sums import AdapterSums
 from runtime.engine.messages import LoadAdapter, PinAdapter, UnloadAdapter
 from runtime.errors import Conflict, Exhausted, GraftError
+from runtime.models.deepseek.moe import ExpertGroups
 
-# Files are often float32 where the device holds 16 bits; larger ones cannot fit, so they are not read at all.
-MAX_FILE_BYTES_PER_DEVICE_BYTE = 2
 MAX_NAMES = 10_000
 MAX_JOINED_RANK = 512
 
@@ -62,15 +62,18 @@ class AdapterStore:
         dtype: torch.dtype,
         wake: Callable[[], None],
         layout: FactorLayout = FactorLayout(),  # noqa: B008 - frozen
+        spare: Mapping[int, ExpertGroups] | None = None,
     ) -> None:
+        """`spare`: the base's expert groups by layer, if there are groups after them for experts of ESFT adapters."""
         num_experts = max((shape.num_experts for shape in targets.experts.values()), default=0)
-        self.pages = DevicePages(num_experts, limits.max_adapters, device)
+        self.pages = DevicePages(num_experts, limits.max_adapters, device, spare)
         self.registry = AdapterRegistry(limits.max_names)
         self.on_change: Callable[[AdapterInfo], None] = _ignore
         self.have_left = False  # an adapter left the device, or has to: sequences may have to wait for it again
         max_file_bytes = MAX_FILE_BYTES_PER_DEVICE_BYTE * limits.max_device_bytes
+        room = self.pages.spare.room
         reader_limits = ReaderLimits(
-            limits.max_lora_rank, max_file_bytes, limits.max_joined_rank, limits.max_device_bytes
+            limits.max_lora_rank, max_file_bytes, limits.max_joined_rank, limits.max_device_bytes, room
         )
         reader = AdapterReader(targets, reader_limits, dtype, layout, wake)
         tier = DeviceTier(self.pages, limits.max_device_bytes, limits.cycle_seconds, self._moved)
@@ -134,7 +137,8 @@ class AdapterStore:
         """Raise Exhausted if one pin more would leave no place for others."""
         pins = [other for other in self.registry.records() if other.pinned and other.name != record.name]
         limit = max(1, self._limits.max_adapters - 1)
-        num_bytes = sum(other.facts.device_bytes for other in pins) + record.facts.device_bytes
+        self._check_pinned_experts([*pins, record])
+        num_bytes = sum(other.facts.page_bytes for other in pins) + record.facts.page_bytes
         if len(pins) >= limit or num_bytes > self._limits.max_device_bytes:
             raise Exhausted(
                 f"adapter {record.name!r} cannot be pinned: {len(pins)} adapters are, {limit} of "
@@ -142,6 +146,17 @@ class AdapterStore:
                 f"{self._limits.max_device_bytes} bytes",
                 reason="PINS_FULL",
             )
+
+    def _check_pinned_experts(self, pins: list[AdapterRecord]) -> None:
+        room = self.pages.spare.room.num_experts
+        for layer in pins[-1].facts.replaced:
+            count = sum(record.facts.replaced.get(layer, 0) for record in pins)
+            if count > room:
+                raise Exhausted(
+                    f"adapter {pins[-1].name!r} cannot be pinned: with it pinned adapters would replace {count} "
+                    f"experts of layer {layer}, and there is room for {room}: raise --replacement-experts",
+                    reason="PINS_FULL",
+                )
 
     def infos(self) -> list[AdapterInfo]:
         """Snapshots of all generations by name and age."""
@@ -195,6 +210,12 @@ class AdapterStore:
             f"{self._limits.max_adapters} slots and {tier.used_bytes} of {tier.max_bytes} bytes are taken, and "
             f"{tier.num_wanted} adapters wait; retry later, or raise --max-adapters or --adapter-memory-gib"
         )
+        if record.facts.replaced:
+            room = self.pages.spare.room
+            message += (
+                f"; of the room for replacement experts {self.pages.spare.num_used_bytes} of {room.num_bytes} bytes "
+                f"are taken, {room.num_experts} experts a layer: raise --replacement-experts"
+            )
         return Exhausted(message, reason="ADAPTER_WAIT_TIMEOUT", retry_seconds=1.0)
 
     def take_failures(self) -> list[tuple[AdapterRecord, GraftError]]:

@@ -44,7 +44,7 @@ def _load(options: argparse.Namespace, targets: AdapterTargets) -> AdapterWeight
     """Read the adapter; an option that its kind of folder does not use is refused."""
     path: Path = options.adapter
     has_settings = options.rank is not None or options.alpha is not None
-    if not (path / CONFIG_FILE).is_file() and is_esft(path):
+    if is_esft(path):
         raise ValueError(f"{path}: an ESFT adapter holds full weights of experts, which no LoRA file can express")
     if (path / CONFIG_FILE).is_file() or not is_megatron(path):
         if has_settings:

@@ -6,7 +6,6 @@ import argparse
 import sys
 
 from loaders.adapter import describe, load_adapter
-from loaders.adapter_folder import CONFIG_FILE
 from loaders.replacement_experts import describe_replacement, is_esft, load_replacement_experts
 from runtime.models.deepseek.config import DeepseekConfig
 
@@ -17,7 +16,7 @@ def run(options: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
     targets = DeepseekConfig.from_dir(options.base).adapter_targets()
-    if is_esft(options.adapter) and not (options.adapter / CONFIG_FILE).is_file():
+    if is_esft(options.adapter):
         text = describe_replacement(load_replacement_experts(options.adapter, targets), targets)
     else:
         text = describe(load_adapter(options.adapter, targets, writer=options.format_hint), targets)

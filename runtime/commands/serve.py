@@ -34,6 +34,7 @@ def build_config(options: argparse.Namespace) -> ServerConfig:
         max_batch_size=options.max_batch_size,
         max_waiting_requests=options.max_waiting_requests,
         adapter_memory_gib=options.adapter_memory_gib,
+        replacement_experts=options.replacement_experts,
         max_adapters=options.max_adapters,
         adapter_host_memory_gib=options.adapter_host_memory_gib,
         adapter_cycle_seconds=options.adapter_cycle_seconds,

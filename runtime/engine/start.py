@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from loaders.config_json import read_eos_token_ids
 from runtime.adapters.host_adapter import FactorLayout
 from runtime.adapters.lora_plan import BASE_SLOT
+from runtime.adapters.spare_experts import room_of
 from runtime.adapters.store import AdapterStore, StoreLimits
 from runtime.config import EngineConfig
 from runtime.engine.batch import Batch, Chunk
@@ -20,8 +21,8 @@ from runtime.engine.sampler import Sampler
 from runtime.engine.scheduler import Scheduler, SchedulerLimits
 from runtime.layers.placement import Placement
 from runtime.models.deepseek.config import DeepseekConfig
-from runtime.models.deepseek.model import load_model
-from runtime.ops.base import make_ops
+from runtime.models.deepseek.model import DeepseekModel, load_model
+from runtime.ops.base import Ops, make_ops
 from runtime.ops.platform import open_device, resolve_dtype
 
 logger = logging.getLogger(__name__)
@@ -49,15 +50,10 @@ def start(
     device = open_device(config.device)
     dtype = resolve_dtype(config.dtype, model_config.stored_dtype)
     ops = make_ops(device)
-    model = load_model(config.model_path, model_config, Placement(device, dtype, ops), progress)
-    limits = StoreLimits(
-        config.max_adapters,
-        config.max_lora_rank,
-        int(config.adapter_memory_gib * 2**30),
-        int((config.adapter_host_memory_gib or 2 * config.adapter_memory_gib) * 2**30),
-        config.adapter_cycle_seconds,
-    )
-    adapters = AdapterStore(model_config.adapter_targets(), limits, device, dtype, wake, FactorLayout.of(ops))
+    check_replacement_experts(config, model_config, ops)
+    placement = Placement(device, dtype, ops, config.replacement_experts)
+    model = load_model(config.model_path, model_config, placement, progress)
+    adapters, adapter_bytes = make_store(config, model, wake)
     runner = Runner(model, adapters.pages, num_blocks, config.kv_block_tokens)
     eos = read_eos_token_ids(config.model_path)
     if max(eos, default=0) >= model_config.vocab_size:
@@ -81,11 +77,52 @@ def start(
         vocab_size=model_config.vocab_size,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         kv_cache_tokens=num_blocks * config.kv_block_tokens,
-        adapter_bytes_limit=limits.max_device_bytes,
+        adapter_bytes_limit=adapter_bytes.device,
         dtype=str(dtype).removeprefix("torch."),
-        adapter_host_bytes_limit=limits.max_host_bytes,
+        adapter_host_bytes_limit=adapter_bytes.host,
     )
     return EngineParts(ready, scheduler, runner, adapters, guides, Sampler(eos))
+
+
+@dataclass(frozen=True)
+class AdapterBytes:
+    """The most that adapters may take; on the device that is pages and the room for replacement experts."""
+
+    device: int
+    host: int
+
+
+def make_store(
+    config: EngineConfig, model: DeepseekModel, wake: Callable[[], None]
+) -> tuple[AdapterStore, AdapterBytes]:
+    """The adapter store of a loaded base, and its bounds."""
+    placement, targets = model.placement, model.config.adapter_targets()
+    spare = model.expert_groups() if config.replacement_experts else {}
+    room = room_of(spare, model.config.n_routed_experts)
+    if spare:
+        told = "room for %d replacement experts in each of %d layers takes %d bytes beside --adapter-memory-gib"
+        logger.info(told, room.num_experts, len(spare), room.num_bytes)
+    page_bytes = int(config.adapter_memory_gib * 2**30)
+    host_bytes = int(config.adapter_host_memory_gib * 2**30) or 2 * (page_bytes + room.num_bytes)
+    limits = StoreLimits(
+        config.max_adapters, config.max_lora_rank, page_bytes, host_bytes, config.adapter_cycle_seconds
+    )
+    layout = FactorLayout.of(placement.ops)
+    store = AdapterStore(targets, limits, placement.device, placement.dtype, wake, layout, spare)
+    return store, AdapterBytes(page_bytes + room.num_bytes, host_bytes)
+
+
+def check_replacement_experts(config: EngineConfig, model: DeepseekConfig, ops: Ops) -> None:
+    """Raise ValueError if this base or this device cannot have so many."""
+    count = config.replacement_experts
+    if count and not model.adapter_targets().experts:
+        raise ValueError(f"replacement_experts = {count}, but the base has no routed experts to replace")
+    num_groups = model.n_routed_experts + count
+    if count and ops.max_groups is not None and num_groups > ops.max_groups:
+        raise ValueError(
+            f"replacement_experts = {count} and the base's {model.n_routed_experts} experts are {num_groups} groups, "
+            f"and one grouped product of {config.device} takes {ops.max_groups}: lower it"
+        )
 
 
 def cache_size(config: EngineConfig, model: DeepseekConfig) -> tuple[int, int]:

@@ -40,6 +40,13 @@ class StepLora(Protocol):
         """For each run of `rows` (ascending token indices) with one adapter: the run, A [K, R] and B [R, N]."""
         ...
 
+    def replace_experts(self, layer: int, experts_TE: Tensor) -> Tensor | None:
+        """Which group of a layer each choice goes to where adapters of this step bring experts of their own, else None.
+
+        Groups 0..E-1 are the base's experts, those after them the spare ones.
+        """
+        ...
+
     def route_keys(self, experts_TE: Tensor) -> tuple[Tensor, int]:
         """Sort keys [T, E] of routed rows, ascending by expert, then by adapter; and how many an expert has."""
         ...

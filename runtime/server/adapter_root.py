@@ -14,7 +14,7 @@ from runtime.errors import ErrorKind, GraftError
 from runtime.server.engine_client import EngineClient
 from runtime.server.paths import resolve_source_path
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILES = ("adapter_config.json", "expert_cfg.json")  # of LoRA, of ESFT
 GONE = ("UNLOADED", "FAILED", "DRAINING")
 
 logger = logging.getLogger(__name__)
@@ -66,4 +66,4 @@ class AdapterRoot:
         except GraftError as error:
             logger.debug("%s is not registered: %s", name, error.message)
             return None
-        return folder if (folder / CONFIG_FILE).is_file() else None
+        return folder if any((folder / name).is_file() for name in CONFIG_FILES) else None

@@ -18,7 +18,7 @@ from runtime.layers.placement import Placement
 from runtime.models.deepseek.attention import MultiHeadLatentAttention
 from runtime.models.deepseek.attention_batch import AttentionBatch
 from runtime.models.deepseek.config import DeepseekConfig
-from runtime.models.deepseek.moe import MixtureOfExperts, RoutedExperts
+from runtime.models.deepseek.moe import ExpertGroups, MixtureOfExperts, RoutedExperts
 from runtime.models.deepseek.rope import inverse_frequencies, rotary_scale, rotation_at
 from runtime.ops.latent_cache import LatentCache
 from runtime.ops.rotation import Rotation
@@ -92,6 +92,10 @@ class DeepseekModel(nn.Module):
             lora.add_linear_of_rows_("lm_head", logits, hidden_BH, rows_B)
         return logits.float()
 
+    def expert_groups(self) -> dict[int, ExpertGroups]:
+        """Of each layer of routed experts the base's groups and the spare ones."""
+        return {module.layer: module.groups for module in self.modules() if isinstance(module, RoutedExperts)}
+
     def destinations(self) -> dict[str, Tensor]:
         """Name on disk -> the memory that its tensor goes to (for experts a 3-D view into their panels)."""
         named: dict[str, Tensor] = {
@@ -140,15 +144,11 @@ def load_model(
 
 
 def _expert_destinations(prefix: str, experts: RoutedExperts) -> dict[str, Tensor]:
-    """Views [panels, columns, in] of each expert's weights; read in that order they are the rows [out, in] on disk."""
-    named = {}
-    for index in range(experts.w13.shape[0]):
-        gate_up = experts.w13[index].transpose(1, 2)
-        gate, up = gate_up.chunk(2, dim=1 if gate_up.shape[0] == 1 else 0)
-        named[f"{prefix}.{index}.gate_proj.weight"] = gate
-        named[f"{prefix}.{index}.up_proj.weight"] = up
-        named[f"{prefix}.{index}.down_proj.weight"] = experts.w2[index].transpose(1, 2)
-    return named
+    return {
+        f"{prefix}.{index}.{kind}_proj.weight": destination
+        for index in range(experts.w13.shape[0])
+        for kind, destination in experts.groups.destinations(index).items()
+    }
 
 
 def _disk_shape(destination: Tensor) -> tuple[int, ...]:
