@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from loaders.adapter import AdapterTargets
+from loaders.adapter_folder import MAX_HEADER_BYTES
 from loaders.adapter_types import ExpertShape, ExpertWeights, ReplacementExperts
 from loaders.errors import AdapterError
 from loaders.replacement_experts import load_replacement_experts
@@ -59,7 +60,7 @@ def read_replacement(
     Raises AdapterError with every problem: more experts in a layer than there is room for, and weights that are not
     finite in `dtype`, among them.
     """
-    max_bytes = MAX_FILE_BYTES_PER_DEVICE_BYTE * room.num_bytes if room.num_experts else None
+    max_bytes = MAX_FILE_BYTES_PER_DEVICE_BYTE * room.num_bytes + MAX_HEADER_BYTES if room.num_experts else None
     weights = load_replacement_experts(path, targets, max_bytes=max_bytes, max_experts_per_layer=room.num_experts)
     layers = {
         layer: _converted(experts, targets.experts[layer], room, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from runtime.adapters.record import AdapterRecord
 from runtime.adapters.store import AdapterStore, StoreLimits
 from runtime.engine.messages import CallId, LoadAdapter, PinAdapter, UnloadAdapter
 from runtime.errors import GraftError
+from runtime.layers.placement import Placement
 from runtime.models.deepseek.config import DeepseekConfig
+from runtime.models.deepseek.moe import RoutedExperts
+from runtime.ops.cpu import CpuOps
 from tests.oracle.adapters import AdapterRecipe, write_adapter
 from tests.oracle.base_models import Oracle
 from tests.oracle.shapes import V3, Shape
@@ -43,12 +47,16 @@ class StoreDriver:
 
     def __init__(
         self, base_dir: Path, *, max_adapters: int = 8, max_bytes: int = ROOMY, max_host_bytes: int = ROOMY,
-        cycle_seconds: float = 1e9,
+        cycle_seconds: float = 1e9, replacement_experts: int = 0, dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        targets = DeepseekConfig.from_dir(base_dir).adapter_targets()
+        config = DeepseekConfig.from_dir(base_dir)
+        targets = config.adapter_targets()
+        placement = Placement(torch.device("cpu"), dtype, CpuOps(), replacement_experts)
+        layers = targets.experts if replacement_experts else ()
+        spare = {layer: RoutedExperts(layer, config, placement).groups for layer in layers}
         self.woken = threading.Event()
         limits = StoreLimits(max_adapters, 128, max_bytes, max_host_bytes, cycle_seconds)
-        self.store = AdapterStore(targets, limits, torch.device("cpu"), torch.float32, self.woken.set)
+        self.store = AdapterStore(targets, limits, placement.device, dtype, self.woken.set, spare=spare)
         self.replies: list[AdapterInfo | GraftError] = []
         self.changes: list[tuple[str, int, str, int]] = []
         self.store.on_change = lambda info: self.changes.append(
@@ -115,7 +123,7 @@ MakeStore = Callable[..., StoreDriver]
 def make(base_dir: Path) -> Iterator[MakeStore]:
     made: list[StoreDriver] = []
 
-    def build(**limits: int) -> StoreDriver:
+    def build(**limits: Any) -> StoreDriver:
         made.append(StoreDriver(base_dir, **limits))
         return made[-1]
 

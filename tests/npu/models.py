@@ -97,10 +97,18 @@ def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def engine_with(ops: Ops, base: Path, adapters: Sequence[Path], dtype: str) -> Iterator[Driver]:
+def engine_with(
+    ops: Ops, base: Path, adapters: Sequence[Path], dtype: str, **settings: Any
+) -> Iterator[Driver]:
     """An engine on CPU tensors whose device operations are `ops`; adapters are loaded under their folders' names."""
     config = EngineConfig(
-        base, dtype=dtype, max_model_len=512, kv_cache_tokens=4096, max_batch_tokens=96, kv_block_tokens=BLOCK_TOKENS
+        base,
+        dtype=dtype,
+        max_model_len=512,
+        kv_cache_tokens=4096,
+        max_batch_tokens=96,
+        kv_block_tokens=BLOCK_TOKENS,
+        **settings,
     )
     with patch.object(start, "make_ops", lambda device: ops), driven_engine(config) as driver:
         for adapter in adapters:
