@@ -50,8 +50,8 @@ def load_replacement_experts(
     with AdapterFolder(path, max_bytes, ESFT_CONFIG_FILE) as folder:
         problems: list[str] = []
         chosen = set(_chosen(folder.config, targets, problems))
-        if max_experts_per_layer is not None:
-            problems.extend(_too_many(chosen, max_experts_per_layer))
+        if not (chosen or problems):
+            problems.append(f"{ESFT_CONFIG_FILE}: experts must name at least one expert of a layer")
         places = _places(folder.tensors, targets, problems)
         found = {place[:2] for place in places.values()}
         for layer, expert in sorted(found - chosen):
@@ -62,6 +62,8 @@ def load_replacement_experts(
             if missing:
                 problems.append(f"layer {layer}: expert {expert} lacks {', '.join(f'{k}_proj' for k in missing)}")
         _refuse(folder.path, problems)
+        if max_experts_per_layer is not None:
+            _require_room(folder.path, chosen, max_experts_per_layer)
         tensors = folder.read(set(places))
         digest, config, skipped = folder.digest, folder.config, tuple(folder.skipped)
     problems.extend(non_finite(tensors))
@@ -108,13 +110,12 @@ def _chosen(config: Mapping[str, Any], targets: AdapterTargets, problems: list[s
             yield from ((layer, expert) for expert in experts)
 
 
-def _too_many(chosen: set[tuple[int, int]], room: int) -> Iterator[str]:
-    """The layer that needs most, if that is too much."""
-    layer, count = max(Counter(layer for layer, _ in chosen).items(), key=lambda item: item[1], default=(0, 0))
+def _require_room(path: Path, chosen: set[tuple[int, int]], room: int) -> None:
+    layer, count = max(Counter(layer for layer, _ in chosen).items(), key=lambda item: item[1])
     if count > room:
-        yield (
-            f"{count} experts of layer {layer} are replaced, and this server has room for {room or 'none'} in a layer: "
-            f"start it with --replacement-experts {count} or more"
+        raise AdapterError(
+            f"{path}: an ESFT adapter that replaces {count} experts of layer {layer}, and this server has room for "
+            f"{room or 'none'} in a layer: start it with --replacement-experts {count} or more"
         )
 
 

@@ -40,7 +40,7 @@ def _load(stub: AdapterServiceStub, options: argparse.Namespace) -> Iterator[str
     response = stub.LoadAdapter(request, timeout=DEADLINE_SECONDS)
     adapter = response.adapter
     if options.validate_only:
-        size = f"{adapter.bytes_tensors:,} bytes, rank {adapter.rank}, {adapter.expert_count} expert pages"
+        size = f"{adapter.bytes_tensors:,} bytes, {_size(adapter)}"
         yield f"{options.path} can be loaded: {size}, {adapter.digest}"
     elif options.lazy:
         yield f"{options.name} registered: generation {adapter.generation}"
@@ -65,7 +65,7 @@ def _compose(stub: AdapterServiceStub, options: argparse.Namespace) -> Iterator[
     )
     response = stub.ComposeAdapter(request, timeout=DEADLINE_SECONDS)
     adapter = response.adapter
-    told = f"{_parts(adapter)}: rank {adapter.rank}, {adapter.expert_count} expert pages"
+    told = f"{_parts(adapter)}: {_size(adapter)}"
     if options.validate_only:
         yield f"can be made of {told}"
     else:
@@ -156,7 +156,7 @@ def _show(stub: AdapterServiceStub, options: argparse.Namespace) -> Iterator[str
         ("bytes on host", f"{adapter.bytes_host:,}"),
         ("bytes of its tensors", f"{adapter.bytes_tensors:,}"),
         ("largest rank", str(adapter.rank)),
-        ("expert pages", str(adapter.expert_count)),
+        ("replaced experts" if _is_esft(adapter) else "expert pages", str(adapter.expert_count)),
         ("experts by layer", ", ".join(f"{item.layer}: {item.experts}" for item in adapter.layers) or "-"),
         ("target modules", ", ".join(adapter.target_modules)),
         ("pinned", "yes" if adapter.pinned else "no"),
@@ -184,6 +184,16 @@ def _row(adapter: pb.Adapter) -> tuple[str, ...]:
         f"{adapter.bytes_device:,}",
         adapter.source_path or _parts(adapter) or "-",
     )
+
+
+def _size(adapter: pb.Adapter) -> str:
+    if _is_esft(adapter):
+        return f"{adapter.expert_count} replaced experts"
+    return f"rank {adapter.rank}, {adapter.expert_count} expert pages"
+
+
+def _is_esft(adapter: pb.Adapter) -> bool:
+    return "replaced_experts" in adapter.target_modules
 
 
 def _parts(adapter: pb.Adapter) -> str:

@@ -56,7 +56,7 @@ def generate_remote(address: str, adapter: str | None, prompt: str) -> Iterator[
 
 def generate_local(model: Path, adapter: str | None, prompt: str) -> Iterator[str]:
     """Pieces of text from an engine in this process: the same checks, the same text, no server."""
-    config = EngineConfig(model_path=model)
+    config = EngineConfig(model_path=model, replacement_experts=_needed_experts(adapter))
     config.validate()
     from loaders.progress import progress_bar
     from loaders.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -83,6 +83,19 @@ def generate_local(model: Path, adapter: str | None, prompt: str) -> Iterator[st
         yield text.finish().text
     finally:
         engine.close()
+
+
+def _needed_experts(adapter: str | None) -> int:
+    """The room that the adapter needs if it is an ESFT adapter; what is wrong with it is told when it is loaded."""
+    from loaders.errors import AdapterError
+    from loaders.replacement_experts import is_esft, most_experts_of_a_layer
+
+    if adapter is None or not is_esft(Path(adapter)):
+        return 0
+    try:
+        return most_experts_of_a_layer(Path(adapter))
+    except AdapterError:
+        return 0
 
 
 def _parameters(max_new_tokens: int) -> pb.Parameters:

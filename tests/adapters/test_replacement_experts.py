@@ -49,16 +49,16 @@ def _refusal(answer: AdapterInfo | GraftError) -> GraftError:
 def test_without_room_one_is_refused_with_the_setting_that_makes_room(make: MakeStore, esft: Esft) -> None:
     refused = _refusal(make().load("two-a", esft["two-a"].path))
     assert isinstance(refused, Precondition) and refused.reason == "ADAPTER_REFUSED"
-    assert "has room for none in a layer: start it with --replacement-experts 2 or more" in refused.problems[0]
+    assert "has room for none in a layer: start it with --replacement-experts 2 or more" in refused.message
 
 
 def test_one_that_needs_more_than_the_room_is_refused_with_the_numbers(
     make: MakeStore, esft: Esft, base_dir: Path
 ) -> None:
     store = make(replacement_experts=4)
-    (problem,) = _refusal(store.load("five", esft["five"].path)).problems
+    message = _refusal(store.load("five", esft["five"].path)).message
     layer = moe_layers(base_dir)[-1]
-    assert problem.startswith(f"5 experts of layer {layer} are replaced, and this server has room for 4 in a layer")
+    assert f"replaces 5 experts of layer {layer}, and this server has room for 4 in a layer" in message
     assert store.store.infos() == [] and store.store.pages.num_bytes == 0
     assert most_experts_of_a_layer(esft["five"].path) == 5
 

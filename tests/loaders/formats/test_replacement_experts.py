@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
 from loaders.adapter import load_adapter
+from loaders.adapter_folder import folder_digest
 from loaders.errors import AdapterError
-from loaders.replacement_experts import describe_replacement, is_esft, load_replacement_experts
+from loaders.replacement_experts import (
+    describe_replacement,
+    is_esft,
+    load_replacement_experts,
+    most_experts_of_a_layer,
+)
 from tests.loaders.formats.layouts import HIDDEN, LAYER, MOE, TARGETS, WIDTHS
 
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
 CONFIG: dict[str, Any] = {"experts": {str(LAYER): [0, 2]}, "shared_experts": False, "non_expert_modules": False}
 
 
@@ -97,6 +111,7 @@ def test_every_problem_of_an_esft_folder_is_named(tmp_path: Path) -> None:
     [
         ({}, "must name at least one expert"),
         ([1], "must name at least one expert"),
+        ({"1": []}, "must name at least one expert"),
         ({"one": [0]}, "layer 'one' of the base has no routed experts"),
         ({"0": [0]}, "layer '0' of the base has no routed experts"),
         ({"1": [4]}, "must be indices from 0 to 3"),
@@ -106,6 +121,28 @@ def test_every_problem_of_an_esft_folder_is_named(tmp_path: Path) -> None:
 )
 def test_a_wrong_choice_of_experts_is_refused(tmp_path: Path, experts: object, words: str) -> None:
     assert any(words in problem for problem in refusal(tmp_path, weights(0), experts=experts).problems)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(experts=st.dictionaries(st.just(str(LAYER)) | st.text(max_size=3), ANY_JSON) | ANY_JSON, room=st.integers(0, 2))
+def test_whatever_the_configuration_says_it_is_read_or_refused(tmp_path: Path, experts: object, room: int) -> None:
+    path = write(tmp_path, weights(0, 2), config=CONFIG | {"experts": experts})
+    assert most_experts_of_a_layer(path) >= 0
+    with contextlib.suppress(AdapterError):
+        load_replacement_experts(path, TARGETS, max_experts_per_layer=room)
+
+
+def test_more_experts_than_there_is_room_for_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path, weights(0, 2))
+    assert most_experts_of_a_layer(path) == 2
+    assert load_replacement_experts(path, TARGETS, max_experts_per_layer=2).num_bytes > 0
+    with pytest.raises(AdapterError, match=f"replaces 2 experts of layer {LAYER}.* room for 1 in a layer"):
+        load_replacement_experts(path, TARGETS, max_experts_per_layer=1)
+
+
+def test_the_digest_that_is_told_without_loading_is_that_of_a_load(tmp_path: Path) -> None:
+    path = write(tmp_path, weights(0, 2))
+    assert folder_digest(path) == load_replacement_experts(path, TARGETS).digest
 
 
 def test_values_that_are_not_finite_and_missing_shards_are_refused(tmp_path: Path) -> None:
