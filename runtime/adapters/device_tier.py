@@ -125,7 +125,8 @@ class DeviceTier:
     def seat_wanted(self) -> None:
         """Give seats to those that wait, oldest first; who cannot be seated keeps the younger ones waiting too.
 
-        Who lacks nothing but spare experts keeps only those waiting that need such as well.
+        Who lacks spare experts keeps only those waiting that need such as well: when it gets them, with their holder's
+        place, it is still the oldest.
         """
         while (record := self._next_seated()) is not None and self.seat(record, evict=True):
             pass
@@ -138,8 +139,7 @@ class DeviceTier:
                 continue
             if self._victims(record) is not None:
                 return record
-            lack = self._lack(record, [])
-            if lack.slot or lack.bytes:
+            if not self._lack(record, []).layers:
                 return None
             wants_experts = True
         return None
@@ -194,31 +194,35 @@ class DeviceTier:
     def _let_yield(self) -> None:
         """As many adapters as others wait for seats, those that have held theirs longest, beyond the cycle.
 
+        For spare experts of the first one that lacks them it is as many as it takes, of those that hold some.
         One whose requests found no place in a batch yet does not: it would leave with nothing done.
         """
-        num_yielding = sum(record.is_yielding for record in self._resident)
-        num_wanted = sum(not record.facts.replaced for record in self._wanted)
         due = time.monotonic() - self._cycle_seconds
         staying = [
             record for record in self._resident if record.has_run and not (record.is_yielding or record.pinned)
         ]
         staying = [record for record in staying if record.resident_since <= due]
         staying.sort(key=lambda record: record.resident_since)
-        oldest = next(iter(self._wanted), None)
-        if oldest is not None and oldest.facts.replaced:
-            yielding = self._enough_for(oldest, staying)
-        else:
-            yielding = staying[: max(0, num_wanted - num_yielding)]
-        for record in yielding:
-            record.is_yielding = True
-            self._on_change(record)
+        num_seats = len(self._wanted)
+        wants_experts = next((record for record in self._wanted if record.facts.replaced), None)
+        if wants_experts is not None and self._lack(wants_experts, []).layers:
+            num_seats = sum(not record.facts.replaced for record in self._wanted)
+            self._ask_to_yield(self._enough_for(wants_experts, staying))
+        num_yielding = sum(record.is_yielding for record in self._resident)
+        staying = [record for record in staying if not record.is_yielding]
+        self._ask_to_yield(staying[: max(0, num_seats - num_yielding)])
         if not self._wanted:
             for record in self._resident:
                 record.is_yielding = False
 
+    def _ask_to_yield(self, records: list[AdapterRecord]) -> None:
+        for record in records:
+            record.is_yielding = True
+            self._on_change(record)
+
     def _enough_for(self, record: AdapterRecord, staying: list[AdapterRecord]) -> list[AdapterRecord]:
         """Those whose leaving brings all that it lacks; nobody if that is not enough, for they would idle in vain."""
-        leaving = [other for other in self._resident if other.is_yielding or _may_leave(other)]
+        leaving = [other for other in self._resident if _may_leave(other) or (other.is_yielding and not other.pinned)]
         chosen: list[AdapterRecord] = []
         for other in staying:
             lack = self._lack(record, leaving + chosen)

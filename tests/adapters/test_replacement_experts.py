@@ -133,6 +133,24 @@ def test_who_waits_for_experts_keeps_no_lora_adapter_waiting(make: MakeStore, es
     store.until(lambda: waiting.is_resident)
 
 
+def test_those_that_wait_for_pinned_experts_do_not_keep_lora_adapters_from_taking_turns(
+    make: MakeStore, esft: Esft, files: Files
+) -> None:
+    store = make(replacement_experts=2, max_adapters=2, cycle_seconds=0.0)
+    _load(store, esft, "two-a", pinned=True)
+    _load(store, esft, "two-b")
+    for name in ("one", "two"):
+        store.load(name, files[name])
+    running = store.store.acquire("one")
+    store.until(lambda: running.is_resident)
+    running.has_run, running.num_running = True, 1
+    never, turn = store.store.acquire("two-b"), store.store.acquire("two")
+    store.until(lambda: running.is_yielding)
+    running.num_running = 0
+    store.until(lambda: turn.is_resident)
+    assert not never.is_resident and store.on_device() == {"two-a", "two"}
+
+
 def test_as_many_yield_as_it_takes_and_only_those_that_hold_experts(
     make: MakeStore, esft: Esft, files: Files
 ) -> None:

@@ -138,6 +138,7 @@ def test_batches_without_such_adapters_change_in_no_bit(v3: Case, record_number:
     """Against an engine without room for them: the base alone, and the base with LoRA adapters."""
     prompts = [(name, v3.base.prompt(15 + 20 * place, seed=place)) for place, name in enumerate((None, "lora", "few"))]
     with driven_engine(_config(v3.base, replacement_experts=0)) as plain:
+        assert plain.engine.ready.num_parameters == v3.driver.engine.ready.num_parameters
         for name, adapter in v3.lora.items():
             plain.load(name, adapter.path)
         different = 0
