@@ -16,63 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from runtime.demo import ADAPTERS_DIR, MODEL_DIR
 from runtime.models.deepseek.model import DeepseekModel
-from runtime.ops.cpu import CpuOps
-from runtime.ops.npu.ops import NpuOps
-from runtime.ops.routing import RoutingRule
 from tests.conftest import RecordNumber
 from tests.npu import bench
+from tests.npu.held_choice import HeldCpu, HeldNpu, LayerInput, Recorded
 from tests.npu.models import OPERATOR_SIZES, RECIPES, V2_LITE_CHOICE, fed, relative_errors, write_base
 from tests.oracle.adapters import write_adapter
 
 NUM_STEPS = 4 + 64  # the longest prompt takes four chunks
-LayerInput = tuple[Tensor, Tensor | None]  # what the layer before adds, and what it adds to
-Choose = Callable[[Tensor, Tensor | None, RoutingRule], tuple[Tensor, Tensor]]
-FORCED = 1e4  # outweighs every score
 
 
-def _held(choose: Choose, logits_TE: Tensor, rule: RoutingRule, experts_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """What `choose` gives of its own logits where a bias, which steers the choice alone, forces each token's choice."""
-    found = []
-    for logits_E, experts_K in zip(logits_TE, experts_TK, strict=True):
-        bias_E = torch.zeros_like(logits_E).index_fill_(0, experts_K.long(), FORCED)
-        weights_1K, chosen_1K = choose(logits_E[None], bias_E, rule)
-        assert set(chosen_1K[0].tolist()) == set(experts_K.tolist())
-        found.append((weights_1K, chosen_1K))
-    weights, chosen = zip(*found, strict=True)
-    return torch.cat(weights), torch.cat(chosen)
-
-
-class _Recorded(CpuOps):
-    """The reference, which notes each call's choice; `inputs` holds what each layer was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.choices: list[Tensor] = []
-        self.inputs: list[LayerInput] = []
-
-    def choose_experts(self, logits_TE: Tensor, bias_E: Tensor | None, rule: RoutingRule) -> tuple[Tensor, Tensor]:
-        weights_TK, experts_TK = super().choose_experts(logits_TE, bias_E, rule)
-        self.choices.append(experts_TK)
-        return weights_TK, experts_TK
-
-
-class _HeldCpu(CpuOps):
-    """The CPU back-end with given choices; weights from its own logits."""
-
-    def __init__(self, choices: list[Tensor]) -> None:
-        super().__init__()
-        self.choices = iter(choices)
-
-    def choose_experts(self, logits_TE: Tensor, bias_E: Tensor | None, rule: RoutingRule) -> tuple[Tensor, Tensor]:
-        return _held(super().choose_experts, logits_TE, rule, next(self.choices))
-
-
-class _RoundedNorms(_HeldCpu):
+class _RoundedNorms(HeldCpu):
     """In float32, but for the outputs of norms."""
 
     def rms_norm(self, x_TN: Tensor, weight_N: Tensor, eps: float) -> Tensor:
@@ -81,17 +38,6 @@ class _RoundedNorms(_HeldCpu):
     def add_rms_norm(self, x_TN: Tensor, residual_TN: Tensor, weight_N: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         normed_TN, sum_TN = super().add_rms_norm(x_TN, residual_TN, weight_N, eps)
         return normed_TN.bfloat16().float(), sum_TN
-
-
-class _HeldNpu(NpuOps):
-    """Ascend's operators with given choices; weights by the operator from its own logits."""
-
-    def __init__(self, choices: list[Tensor]) -> None:
-        super().__init__()
-        self.choices = iter(choices)
-
-    def choose_experts(self, logits_TE: Tensor, bias_E: Tensor | None, rule: RoutingRule) -> tuple[Tensor, Tensor]:
-        return _held(super().choose_experts, logits_TE, rule, next(self.choices))
 
 
 def _note_inputs(inputs: list[LayerInput]) -> Callable[[DeepseekModel], None]:
@@ -124,10 +70,10 @@ class Case:
     name: str
     base: Path
     adapters: list[Path]
-    reference: _Recorded
+    reference: Recorded
     exact: Tensor
 
-    def errors(self, ops: type[_HeldNpu | _HeldCpu], dtype: str = "bfloat16", *, hold_inputs: bool = False) -> Tensor:
+    def errors(self, ops: type[HeldNpu | HeldCpu], dtype: str = "bfloat16", *, hold_inputs: bool = False) -> Tensor:
         """Each token's [steps, sequences]."""
         watch = _hold_inputs(self.reference.inputs) if hold_inputs else lambda model: None
         held = ops(self.reference.choices)
@@ -144,7 +90,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         layers = {"num_hidden_layers": 2, "first_k_dense_replace": 0}
         base = write_base(folder / "base", OPERATOR_SIZES | layers | choice, seed=5).path
         adapters = [write_adapter(base, folder / name, recipe).path for name, recipe in RECIPES.items()]
-    reference = _Recorded()
+    reference = Recorded()
     exact = fed(reference, base, adapters, "float32", NUM_STEPS, _note_inputs(reference.inputs))
     return Case(request.param, base, adapters, reference, exact)
 
@@ -154,7 +100,7 @@ def test_with_each_layers_input_held_every_tokens_logits_are_within_two_percent(
 ) -> None:
     """Or within what the CPU's own bfloat16 makes of that token, where it does not keep to 2e-2 either (the demo)."""
     bench.calls.clear()
-    errors, plain = (case.errors(ops, hold_inputs=True) for ops in (_HeldNpu, _HeldCpu))
+    errors, plain = (case.errors(ops, hold_inputs=True) for ops in (HeldNpu, HeldCpu))
     assert bench.calls["npu_grouped_matmul"] > 0 and bench.calls["npu_moe_gating_top_k"] >= errors.numel()
     beyond = errors > 2e-2
     assert (errors[beyond] <= 1.1 * plain[beyond]).all()
@@ -167,7 +113,7 @@ def test_with_each_layers_input_held_every_tokens_logits_are_within_two_percent(
 def test_from_end_to_end_every_token_is_rounded_as_the_cpus_bfloat16_rounds(
     case: Case, record_number: RecordNumber
 ) -> None:
-    errors, plain = case.errors(_HeldNpu), case.errors(_HeldCpu)
+    errors, plain = case.errors(HeldNpu), case.errors(HeldCpu)
     norms = case.errors(_RoundedNorms, "float32")
     bound = 0.16 if case.name == "demo" else 5e-2
     within = (errors <= 2e-2).float().mean().item()
