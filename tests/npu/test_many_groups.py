@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
-from runtime.ops import reference
+from runtime.ops import reference, told
+from runtime.ops.npu import grouped
 from runtime.ops.npu.ops import NpuOps
 from tests.conftest import RecordNumber
 from tests.npu import bench
 from tests.npu.no_waiting import no_waiting
 
-OPS = NpuOps()
+OPS, CPU = NpuOps(), torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 with_dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def counted() -> None:
+def counted() -> Iterator[None]:
+    grouped.adds_in_place(torch.bfloat16, CPU)  # tried once in a process, which is a call
     bench.calls.clear()
+    yield
+    grouped.adds_in_place.cache_clear()
 
 
 def _sparse_counts(num_groups: int) -> Tensor:
@@ -74,3 +80,28 @@ def test_products_along_more_rows_than_an_inner_axis_takes_are_several_launches(
         seen = OPS.grouped_outer(x, y, counts)
     assert bench.calls["npu_grouped_matmul"] == 2
     torch.testing.assert_close(seen, reference.grouped_outer(x, y, counts), atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lack", ["torch_npu", "the device"])
+def test_where_the_adding_operator_is_missing_products_are_rounded_once_and_that_is_told_once(
+    lack: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise RuntimeError("aclnnGroupedMatmulAdd not in libopapi.so\n[ERROR] and a trace")
+
+    if lack == "torch_npu":
+        monkeypatch.delattr(grouped.torch_npu, "npu_grouped_matmul_add_")
+    else:
+        monkeypatch.setattr(grouped.torch_npu, "npu_grouped_matmul_add_", missing)
+    grouped.adds_in_place.cache_clear()
+    told._told.clear()
+    torch.manual_seed(5)
+    counts = torch.tensor([3, 0, 9])
+    x, y = torch.randn(12, 16).bfloat16(), torch.randn(12, 8).bfloat16()
+    seen = [OPS.grouped_outer(x, y, counts) for _ in range(2)][1]
+    assert seen.dtype is torch.float32 and bench.calls == {"npu_grouped_matmul": 2}
+    expected = reference.grouped_outer(x, y, counts)
+    torch.testing.assert_close(seen, expected, atol=2**-8 * expected.abs().max().item(), rtol=0)
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "npu_grouped_matmul_add_ is replaced by npu_grouped_matmul, which rounds" in message
+    assert "trace" not in message

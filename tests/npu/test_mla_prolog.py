@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from runtime.ops import told
-from runtime.ops.base import Ops
+from runtime.ops.base import Ops, make_ops
 from runtime.ops.cpu import CpuOps
 from runtime.ops.latent_cache import LatentCache
 from runtime.ops.mla_weights import MlaWeights, QueryLatent
@@ -210,3 +212,34 @@ def test_its_use_is_told_once(base: Path, caplog: pytest.LogCaptureFixture) -> N
         pass
     assert sum(PROLOG in record.getMessage() for record in caplog.records) == 1
     assert "without a second copy" in caplog.text
+
+
+def test_loaded_weights_are_freed_as_each_layer_is_packed(base: Path) -> None:
+    class Watching(NpuOps):
+        loaded: ClassVar[list[StorageWeakRef]] = []
+
+        def pack_mla(self, weights: MlaWeights) -> MlaWeights:
+            gc.collect()
+            assert all(storage.expired() for storage in self.loaded)
+            for weight in (weights.query_up_OR, weights.kv_down_XK):
+                self.loaded.append(StorageWeakRef(weight.untyped_storage()))
+            return super().pack_mla(weights)
+
+    with engine_with(Watching(), base, [], "bfloat16"):
+        gc.collect()
+        assert len(Watching.loaded) == 4 and all(storage.expired() for storage in Watching.loaded)
+
+
+@pytest.mark.parametrize(("value", "is_allowed"), [(None, True), ("1", True), ("0", False)])
+def test_the_environment_turns_it_off(value: str | None, is_allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRAFT_NPU_MLA_PROLOG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("GRAFT_NPU_MLA_PROLOG", value)
+    packed = make_ops(torch.device("npu")).pack_mla(_weights())
+    assert is_in_fractals(packed.kv_down_XK) == is_allowed
+
+
+def test_another_value_of_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFT_NPU_MLA_PROLOG", "off")
+    with pytest.raises(ValueError, match="GRAFT_NPU_MLA_PROLOG = 'off': use 0 or 1"):
+        make_ops(torch.device("npu"))

@@ -6,12 +6,14 @@ Shape suffixes as in `base.py`. A group list holds counts or, cumulative, the ro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch_npu
 from torch import Tensor
 
 from runtime.ops.lora_rows import LoraRows
+from runtime.ops.told import tell_once
 
 MAX_GROUPS = 1024
 MAX_INNER_AXIS = 65_535
@@ -60,7 +62,7 @@ def grouped_outer(x_MK: Tensor, y_MN: Tensor, counts_G: Tensor) -> Tensor:
 
 
 def _add_outer_(outer_GKN: Tensor, x_MK: Tensor, y_MN: Tensor, ends_G: Tensor) -> None:
-    if x_MK.dtype is not torch.float32:
+    if x_MK.dtype is not torch.float32 and adds_in_place(x_MK.dtype, x_MK.device):
         torch_npu.npu_grouped_matmul_add_(outer_GKN, x_MK, y_MN, ends_G, group_type=_BY_REDUCED_AXIS, group_list_type=0)
         return
     # The summed axis is the inner one of x as it is given.
@@ -75,6 +77,25 @@ def _add_outer_(outer_GKN: Tensor, x_MK: Tensor, y_MN: Tensor, ends_G: Tensor) -
             group_list_type=0,
         )
         outer_GKN += products[0].view(outer_GKN.shape)
+
+
+@cache
+def adds_in_place(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device has `npu_grouped_matmul_add_`, tried once; documents differ on A2 and A3."""
+    problem = None
+    if not hasattr(torch_npu, "npu_grouped_matmul_add_"):
+        problem = "this torch_npu has no such operator"
+    else:
+        try:
+            sum_GKN, x_MK = torch.zeros(1, 16, 16, device=device), torch.zeros(16, 16, dtype=dtype, device=device)
+            ends_G = torch.full((1,), 16, dtype=torch.int64, device=device)
+            torch_npu.npu_grouped_matmul_add_(sum_GKN, x_MK, x_MK, ends_G, group_type=2, group_list_type=0)
+        except RuntimeError as error:  # what torch_npu raises where CANN or the device lacks an operator
+            problem = f"{device} refuses it ({str(error).partition(chr(10))[0]})"
+    if problem is not None:
+        instead = "npu_grouped_matmul, which rounds each group's product to 16 bits"
+        tell_once("npu_grouped_matmul_add_", problem, instead)
+    return problem is None
 
 
 def _launches(num_groups: int) -> list[slice]:
