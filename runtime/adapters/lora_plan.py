@@ -6,7 +6,7 @@ Shape suffixes: T tokens of the step, M routed rows, B a subset of tokens, L row
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
 
 import torch
@@ -84,6 +84,11 @@ class LoraPlan:
         num_experts = groups.shape[0] // (self._pages.max_slots + 1)
         index_TE = torch.add(experts_TE, self._table_rows_T1, alpha=num_experts)
         return groups.index_select(0, index_TE.flatten()).view_as(experts_TE)
+
+    def adapts(self, modules: Sequence[str]) -> bool:
+        """See StepLora."""
+        pools = (pool for module in modules for pool in self._pages.linears.get(module, {}).values())
+        return any(pool.slots & self._active for pool in pools)
 
     def route_keys(self, experts_TE: Tensor) -> tuple[Tensor, int]:
         """See StepLora."""

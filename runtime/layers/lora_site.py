@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -45,6 +46,10 @@ class StepLora(Protocol):
 
         Groups 0..E-1 are the base's experts, those after them the spare ones.
         """
+        ...
+
+    def adapts(self, modules: Sequence[str]) -> bool:
+        """Whether an adapter of this step changes one of these linear modules, by their full names."""
         ...
 
     def route_keys(self, experts_TE: Tensor) -> tuple[Tensor, int]:
