@@ -22,7 +22,7 @@ from runtime.engine.scheduler import Scheduler, SchedulerLimits
 from runtime.layers.placement import Placement
 from runtime.models.deepseek.config import DeepseekConfig
 from runtime.models.deepseek.model import DeepseekModel, load_model
-from runtime.ops.base import Ops, make_ops
+from runtime.ops.base import make_ops
 from runtime.ops.platform import open_device, resolve_dtype
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def start(
     device = open_device(config.device)
     dtype = resolve_dtype(config.dtype, model_config.stored_dtype)
     ops = make_ops(device)
-    check_replacement_experts(config, model_config, ops)
+    check_replacement_experts(config, model_config)
     placement = Placement(device, dtype, ops, config.replacement_experts)
     model = load_model(config.model_path, model_config, placement, progress)
     adapters, adapter_bytes = make_store(config, model, wake)
@@ -112,17 +112,11 @@ def make_store(
     return store, AdapterBytes(page_bytes + room.num_bytes, host_bytes)
 
 
-def check_replacement_experts(config: EngineConfig, model: DeepseekConfig, ops: Ops) -> None:
-    """Raise ValueError if this base or this device cannot have so many."""
+def check_replacement_experts(config: EngineConfig, model: DeepseekConfig) -> None:
+    """Raise ValueError if this base has nothing to replace."""
     count = config.replacement_experts
     if count and not model.adapter_targets().experts:
         raise ValueError(f"replacement_experts = {count}, but the base has no routed experts to replace")
-    num_groups = model.n_routed_experts + count
-    if count and ops.max_groups is not None and num_groups > ops.max_groups:
-        raise ValueError(
-            f"replacement_experts = {count} and the base's {model.n_routed_experts} experts are {num_groups} groups, "
-            f"and one grouped product of {config.device} takes {ops.max_groups}: lower it"
-        )
 
 
 def cache_size(config: EngineConfig, model: DeepseekConfig) -> tuple[int, int]:

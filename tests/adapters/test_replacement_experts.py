@@ -151,9 +151,7 @@ def test_those_that_wait_for_pinned_experts_do_not_keep_lora_adapters_from_takin
     assert not never.is_resident and store.on_device() == {"two-a", "two"}
 
 
-def test_as_many_yield_as_it_takes_and_only_those_that_hold_experts(
-    make: MakeStore, esft: Esft, files: Files
-) -> None:
+def test_as_many_yield_as_it_takes_and_only_those_that_hold_experts(make: MakeStore, esft: Esft, files: Files) -> None:
     """Two that are in use have to leave for one; the LoRA adapter, in use for longest, is left alone."""
     store = make(replacement_experts=5, cycle_seconds=0.0)
     store.load("one", files["one"])
@@ -193,9 +191,7 @@ def test_two_that_come_at_once_do_not_get_the_same_room(make: MakeStore, esft: E
     assert sorted(brought) == [16, 17, 18, 19]
 
 
-def test_a_copy_that_fails_gives_its_room_back(
-    make: MakeStore, esft: Esft, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_that_fails_gives_its_room_back(make: MakeStore, esft: Esft, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make(replacement_experts=2)
 
     def fail(*_: object) -> object:
@@ -210,9 +206,7 @@ def test_a_copy_that_fails_gives_its_room_back(
     assert store.on_device() == {"two-a"}
 
 
-def test_weights_that_overflow_the_devices_type_are_refused(
-    make: MakeStore, base_dir: Path, tmp_path: Path
-) -> None:
+def test_weights_that_overflow_the_devices_type_are_refused(make: MakeStore, base_dir: Path, tmp_path: Path) -> None:
     huge = write_replacement(base_dir, tmp_path / "huge", {1: [0], 2: [3]}, gain=1e6)
     problems = _refusal(make(replacement_experts=1, dtype=torch.float16).load("huge", huge.path)).problems
     assert problems == ("layer 1: weights overflow float16", "layer 2: weights overflow float16")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,9 @@ import torch
 
 from runtime.config import EngineConfig
 from runtime.engine.messages import CallId, LoadAdapter, RequestId
+from runtime.engine.start import check_replacement_experts
 from runtime.errors import ErrorKind
+from runtime.models.deepseek.config import DeepseekConfig
 from tests.conftest import RecordNumber
 from tests.oracle.adapters import KINDS, AdapterRecipe, RandomAdapter, merge_by_hand, write_adapter
 from tests.oracle.base_models import Oracle, logits
@@ -205,6 +207,17 @@ def test_a_sum_with_one_is_refused_by_its_name_and_the_engine_goes_on(v3: Case) 
     assert outcome.failure is not None and outcome.failure.kind is ErrorKind.FAILED_PRECONDITION
     assert "esft-a@" in outcome.failure.message and "cannot be a part of a sum" in outcome.failure.message
     assert v3.driver.generate(v3.base.prompt(9), adapter="esft-a").failure is None
+
+
+def test_room_in_a_base_without_routed_experts_is_refused_at_the_start(oracle: Callable[[Shape], Oracle]) -> None:
+    base = oracle(V3)
+    model = DeepseekConfig.from_dir(base.path)
+    check_replacement_experts(_config(base), model)
+    dense = replace(model, first_k_dense_replace=model.num_hidden_layers)
+    with pytest.raises(ValueError, match=f"replacement_experts = {ROOM}, but the base has no routed experts"):
+        check_replacement_experts(_config(base), dense)
+    with pytest.raises(ValueError, match=r"replacement_experts = -1 is out of range: 0\.\.10000"):
+        _config(base, replacement_experts=-1).validate()
 
 
 def test_more_adapters_than_there_is_room_for_take_turns(
