@@ -50,8 +50,14 @@ class AdapterQuotas:
         """So many more for each adapter of the call; raises Exhausted, having taken nothing, if one has no room."""
         for name in sorted(places.names):
             use = self._uses.get(name, Use())
-            self._check(name, "requests", use.num_requests, num_requests, self._max_requests, places)
-            self._check(name, "tokens", use.num_tokens, num_tokens, self._max_tokens, places)
+            if _is_over(use.num_requests, num_requests, self._max_requests):
+                message = _refusal(name, "requests", use.num_requests, num_requests, self._max_requests)
+                seconds = places.retry_seconds(num_requests, self._max_requests)
+                raise Exhausted(message, reason="ADAPTER_REQUESTS_FULL", retry_seconds=seconds)
+            if _is_over(use.num_tokens, num_tokens, self._max_tokens):
+                message = _refusal(name, "tokens", use.num_tokens, num_tokens, self._max_tokens)
+                seconds = places.retry_seconds(num_tokens, self._max_tokens)
+                raise Exhausted(message, reason="ADAPTER_TOKENS_FULL", retry_seconds=seconds)
         for name in places.names:
             use = self._uses.setdefault(name, Use())
             use.num_requests += num_requests
@@ -79,20 +85,6 @@ class AdapterQuotas:
         own = max((self._uses[name].num_requests for name in names if name in self._uses), default=0)
         return min(1.0, (own + 1) * len(self._uses.keys() | names) / total) if total else 1.0
 
-    def _check(self, name: str, what: str, used: int, wanted: int, limit: int, places: Places) -> None:
-        if not limit or used + wanted <= limit or not wanted:
-            return
-        whose = f"adapter {name!r}" if name else "the base"
-        retry_seconds = min(max(places.wait_seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
-        advice: tuple[str, float | None] = ("retry later", retry_seconds)
-        if wanted > limit:
-            advice = ("send fewer at once", None)
-        message = (
-            f"{whose} has {used} {what} in the server, and this call would add {wanted}; one adapter may have {limit}: "
-            f"{advice[0]}, or raise --max-adapter-{what}"
-        )
-        raise Exhausted(message, reason=f"ADAPTER_{what.upper()}_FULL", retry_seconds=advice[1])
-
 
 class Places:
     """What one call has taken: `num_requests` of each adapter in `names`, and `num_tokens`."""
@@ -111,3 +103,20 @@ class Places:
     def end_one(self, num_tokens: int) -> None:
         """One request of the call, of so many tokens, has ended: its place is free."""
         self._quotas.give_back(self, 1, num_tokens)
+
+    def retry_seconds(self, wanted: int, limit: int) -> float | None:
+        """When the call may come back; None if it alone wants more than there may be."""
+        return None if wanted > limit else min(max(self.wait_seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+
+
+def _is_over(used: int, wanted: int, limit: int) -> bool:
+    return bool(limit and wanted) and used + wanted > limit
+
+
+def _refusal(name: str, what: str, used: int, wanted: int, limit: int) -> str:
+    whose = f"adapter {name!r}" if name else "the base"
+    advice = "send fewer at once" if wanted > limit else "retry later"
+    return (
+        f"{whose} has {used} {what} in the server, and this call would add {wanted}; one adapter may have {limit}: "
+        f"{advice}, or raise --max-adapter-{what}"
+    )
