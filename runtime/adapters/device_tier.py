@@ -160,10 +160,11 @@ class DeviceTier:
         if first is None or not (self._free_slots or leaving):
             return None
         room = self.max_bytes - self.used_bytes + sum(record.device_bytes for record in leaving)
+        room_to_pass = min(room, self._room_to_pass(first))
         for record in islice(self._wanted, MAX_LOOKED_AT):
             num_bytes = record.facts.device_bytes
-            may_pass = num_bytes <= room and (record is first or self._may_pass(record, first))
-            if may_pass and self._victims(num_bytes) is not None:
+            may_have = num_bytes <= (room if record is first else room_to_pass)
+            if may_have and self._victims(num_bytes) is not None:
                 return record
         return None
 
@@ -175,14 +176,15 @@ class DeviceTier:
             return None
         return next((record for record in self._wanted if record.facts.device_bytes <= room), None)
 
-    def _may_pass(self, record: AdapterRecord, first: AdapterRecord) -> bool:
-        """Whether the first one that waits will not wait for this one, or has not waited long yet."""
+    def _room_to_pass(self, first: AdapterRecord) -> int:
+        """The bytes that one may take that passes the first, so that this will not have to wait for it."""
         since = self._wanted[first]
         if time.monotonic() - since < self._passing_seconds:
-            return True
+            return self.max_bytes
         beside = [other for other in self._seated() if other.pinned or other.seated_since >= since]
-        num_bytes = sum(other.facts.device_bytes for other in (*beside, record, first))
-        return len(beside) + 2 <= self.pages.max_slots and num_bytes <= self.max_bytes
+        if len(beside) + 2 > self.pages.max_slots:
+            return 0
+        return self.max_bytes - first.facts.device_bytes - sum(other.device_bytes for other in beside)
 
     def _seated(self) -> list[AdapterRecord]:
         return [*self._resident, *(record for record, _ in self._installing)]
