@@ -3,7 +3,7 @@
 Sequences that have begun before (they were preempted) come first, as they stand in the queue. Of the others, a place
 goes to the adapter that has the fewest sequences running, among equals to the one whose last place was given longest
 ago, and in an adapter to the oldest; but every fourth place goes to whoever stands at the head of the queue, whatever
-its adapter. So the only request of an adapter gets one of the next two places though a thousand of another wait
+its adapter. So the only request of an adapter gets one of the next two places though a thousand of one other wait
 before it, one with n older requests before it gets one of the next 4 (n + 1) whatever the others do, and if there is
 one adapter only, the order is that of the queue.
 
