@@ -1,28 +1,30 @@
 """Which adapters are on the device: a bounded number of slots and bytes, given in the order in which they are wanted.
 
-Who is wanted longest is seated first. A seat is taken from the adapter that was used least recently, never from one
-that is pinned or that requests hold. When no seat can be had so, an adapter that has held its own for longer than the
-cycle yields: its waiting requests do not begin, and when the running ones have ended it gives up its seat and queues
-again, so that adapters that share too few slots take turns.
+Who is wanted longest is seated first. While there is no room for it, one that came later and takes less may pass: at
+any time if the first one will not have to wait for it, because it still fits beside all that have passed it and all
+that are pinned, and otherwise as long as the first one has waited for less than `passing_seconds`. So a large adapter
+waits for those that were there before it, or came a moment later, and small ones need not wait for it.
+
+A seat is taken from the adapter that was used least recently, never from one that is pinned or that requests hold; for
+spare experts it is one that holds some. When no seat can be had so, adapters that have held theirs for longer than the
+cycle yield, as many as are waited for, and more if the first one needs the bytes or experts of more: their waiting
+requests do not begin, and when the running ones have ended they give up their seats and queue again, so that adapters
+that share too few slots take turns.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from runtime.adapters.device_pages import DevicePages
 from runtime.adapters.record import AdapterRecord
 
-
-@dataclass
-class TierCounts:
-    """How often a request found its adapter there, how often one came in, and how often one had to leave."""
-
-    hits: int = 0
-    loads: int = 0
-    evictions: int = 0
+PASSING_SECONDS = 2.0
+# Of those that wait, so many are looked at when there is room: a step must not take longer the more adapters wait.
+MAX_LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,31 @@ class Lack:
         return self.slot or self.bytes or bool(self.layers)
 
 
+@dataclass
+class TierCounts:
+    """How often a request found its adapter there, how often one came in, and how often one had to leave."""
+
+    hits: int = 0
+    loads: int = 0
+    evictions: int = 0
+
+
 class DeviceTier:
     """Slots, pages and who waits for them. `on_change` hears of every adapter that came, left, or has to yield."""
 
     def __init__(
-        self, pages: DevicePages, max_bytes: int, cycle_seconds: float, on_change: Callable[[AdapterRecord], None]
+        self,
+        pages: DevicePages,
+        max_bytes: int,
+        cycle_seconds: float,
+        on_change: Callable[[AdapterRecord], None],
+        passing_seconds: float = PASSING_SECONDS,
     ) -> None:
         self.pages = pages
         self.max_bytes = max_bytes
         self.counts = TierCounts()
         self._cycle_seconds = cycle_seconds
+        self._passing_seconds = passing_seconds
         self._on_change = on_change
         self._free_slots = list(range(pages.max_slots - 1, -1, -1))
         self._resident: set[AdapterRecord] = set()
@@ -97,6 +114,7 @@ class DeviceTier:
             self.evict(victim)
         self.unwant(record)
         record.slot = self._free_slots.pop()
+        record.seated_since = time.monotonic()
         self._installing.append((record, self.pages.install(record.slot, record.host)))
         return True
 
@@ -120,29 +138,17 @@ class DeviceTier:
     @property
     def can_seat(self) -> bool:
         """Whether one that waits could have a seat now."""
-        return self._next_seated() is not None
+        return self._next_to_seat() is not None
 
     def seat_wanted(self) -> None:
-        """Give seats to those that wait, oldest first; who cannot be seated keeps the younger ones waiting too.
-
-        Who lacks spare experts keeps only those waiting that need such as well: when it gets them, with their holder's
-        place, it is still the oldest.
-        """
-        while (record := self._next_seated()) is not None and self.seat(record, evict=True):
-            pass
+        """Give seats to those that wait and may have one, oldest first."""
+        self._seat_all()
         self._let_yield()
+        self._seat_all()  # who yields and has nothing running leaves at once
 
-    def _next_seated(self) -> AdapterRecord | None:
-        wants_experts = False
-        for record in self._wanted:
-            if wants_experts and record.facts.replaced:
-                continue
-            if self._victims(record) is not None:
-                return record
-            if not self._lack(record, []).layers:
-                return None
-            wants_experts = True
-        return None
+    def _seat_all(self) -> None:
+        while (record := self._next_to_seat()) is not None and self.seat(record, evict=True):
+            pass
 
     def evict(self, record: AdapterRecord) -> None:
         """Take an adapter off the device."""
@@ -163,6 +169,52 @@ class DeviceTier:
         record.slot = -1
         record.is_resident = record.is_yielding = False
         return before - self.pages.num_bytes
+
+    def _next_to_seat(self) -> AdapterRecord | None:
+        """The oldest of those that wait for which there is room, and that may pass the first of them."""
+        first = self._first_in_line()
+        leaving = list(filter(_may_leave, self._resident))
+        if first is None or not (self._free_slots or leaving):
+            return None
+        room = self.max_bytes - self.used_bytes + sum(record.page_bytes for record in leaving)
+        bytes_to_pass, experts_beside = self._room_to_pass(first)
+        for record in islice(self._wanted, MAX_LOOKED_AT):
+            replaced, num_bytes = record.facts.replaced, record.facts.page_bytes
+            if record is not first:
+                if replaced and not self.pages.spare.could_hold([*experts_beside, replaced]):
+                    continue
+                num_bytes += max(0, room - bytes_to_pass)
+            if num_bytes <= room and self._victims(record) is not None:
+                return record
+        return None
+
+    def _first_in_line(self) -> AdapterRecord | None:
+        """The oldest of those that wait, but for one that cannot have a seat beside those that are pinned now."""
+        pinned = [record for record in self._seated() if record.pinned]
+        room = self.max_bytes - sum(record.page_bytes for record in pinned)
+        if len(pinned) >= self.pages.max_slots:
+            return None
+        experts = [record.facts.replaced for record in pinned]
+        for record in self._wanted:
+            replaced = record.facts.replaced
+            if record.facts.page_bytes <= room and (
+                not replaced or self.pages.spare.could_hold([*experts, replaced])
+            ):
+                return record
+        return None
+
+    def _room_to_pass(self, first: AdapterRecord) -> tuple[int, list[Mapping[int, int]]]:
+        """The bytes that one may take that passes the first, so that this will not have to wait for it, and the spare
+        experts of those beside which its own must find room. The bytes are below 0 if there is no slot for it.
+        """
+        since = self._wanted[first]
+        if time.monotonic() - since < self._passing_seconds:
+            return self.max_bytes, []
+        beside = [other for other in self._seated() if other.pinned or other.seated_since >= since]
+        if len(beside) + 2 > self.pages.max_slots:
+            return -1, []
+        num_bytes = self.max_bytes - first.facts.page_bytes - sum(other.page_bytes for other in beside)
+        return num_bytes, [other.facts.replaced for other in (*beside, first)]
 
     def _seated(self) -> list[AdapterRecord]:
         return [*self._resident, *(record for record, _ in self._installing)]
@@ -192,43 +244,33 @@ class DeviceTier:
         return not lack.bytes or record.page_bytes > 0
 
     def _let_yield(self) -> None:
-        """As many adapters as others wait for seats, those that have held theirs longest, beyond the cycle.
+        """As many adapters as others wait for seats, or as the first needs, those that have held theirs longest.
 
-        For spare experts of the first one that lacks them it is as many as it takes, of those that hold some.
-        One whose requests found no place in a batch yet does not: it would leave with nothing done.
+        Where the first lacks spare experts, those come first that hold some, and others only for those that need none.
+        Only beyond the cycle, and none whose requests found no place in a batch yet: it would leave with nothing done.
         """
-        due = time.monotonic() - self._cycle_seconds
-        staying = [
-            record for record in self._resident if record.has_run and not (record.is_yielding or record.pinned)
-        ]
-        staying = [record for record in staying if record.resident_since <= due]
-        staying.sort(key=lambda record: record.resident_since)
-        num_seats = len(self._wanted)
-        wants_experts = next((record for record in self._wanted if record.facts.replaced), None)
-        if wants_experts is not None and self._lack(wants_experts, []).layers:
-            num_seats = sum(not record.facts.replaced for record in self._wanted)
-            self._ask_to_yield(self._enough_for(wants_experts, staying))
+        first = self._first_in_line()
+        for record in self._resident:
+            record.is_yielding &= first is not None and not record.pinned
+        if first is None:
+            return
+        leaving = [record for record in self._resident if record.is_yielding or _may_leave(record)]
+        lack = self._lack(first, leaving)
+        num_seats = sum(not (lack.layers and record.facts.replaced) for record in self._wanted)
         num_yielding = sum(record.is_yielding for record in self._resident)
-        staying = [record for record in staying if not record.is_yielding]
-        self._ask_to_yield(staying[: max(0, num_seats - num_yielding)])
-        if not self._wanted:
-            for record in self._resident:
-                record.is_yielding = False
-
-    def _ask_to_yield(self, records: list[AdapterRecord]) -> None:
-        for record in records:
+        due = time.monotonic() - self._cycle_seconds
+        staying = [record for record in self._resident if record.has_run and not record.pinned]
+        staying = [record for record in staying if record.resident_since <= due and not record.is_yielding]
+        staying.sort(key=lambda record: (not self._eases(record, lack), record.resident_since))
+        for record in staying:
+            lack = self._lack(first, leaving)
+            if num_yielding >= num_seats and not (lack and self._eases(record, lack)):
+                continue
+            if record not in leaving:
+                leaving.append(record)
             record.is_yielding = True
+            num_yielding += 1
             self._on_change(record)
-
-    def _enough_for(self, record: AdapterRecord, staying: list[AdapterRecord]) -> list[AdapterRecord]:
-        """Those whose leaving brings all that it lacks; nobody if that is not enough, for they would idle in vain."""
-        leaving = [other for other in self._resident if _may_leave(other) or (other.is_yielding and not other.pinned)]
-        chosen: list[AdapterRecord] = []
-        for other in staying:
-            lack = self._lack(record, leaving + chosen)
-            if lack and self._eases(other, lack):
-                chosen.append(other)
-        return [] if self._lack(record, leaving + chosen) else chosen
 
 
 def _may_leave(record: AdapterRecord) -> bool:

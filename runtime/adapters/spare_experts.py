@@ -6,6 +6,7 @@ sent to the group instead. Groups of a layer are alike, so any free one will do 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 
@@ -40,6 +41,13 @@ class SpareExperts:
             for layer, count in needed.items()
             if layer not in self._layers or self._layers[layer].num_free(leaving) < count
         ]
+
+    def could_hold(self, needs: Collection[Mapping[int, int]]) -> bool:
+        """Whether the groups would do for all of these together, of each how many experts it has in which layer."""
+        total: Counter[int] = Counter()
+        for needed in needs:
+            total.update(needed)
+        return all(count <= self.room.num_experts for count in total.values())
 
     def holds_any(self, slot: int, layers: Collection[int]) -> bool:
         """Whether a slot has groups in one of these layers."""
