@@ -41,6 +41,11 @@ demo-adapters: $(STAMP)
 test: lint types
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+## make test-history   a storm of 28,000 requests and hundreds of replacements, checked (minutes; writes benchmarks/results/)
+.PHONY: test-history
+test-history: $(STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m history -s tests/history $(PYTEST_ARGS)
+
 # The tests of the Ascend back-end have an environment of their own: where CANN is absent, a visible torch_npu breaks the
 # import of other packages (transformers among them). pip and not uv, torch first: see above.
 NPU_VENV  := .venv-npu
