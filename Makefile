@@ -90,6 +90,11 @@ bench: $(STAMP)
 bench-train: $(STAMP)
 	$(BIN)/python -m benchmarks.train_vs_peft
 
+## make bench-many-adapters   1,000 adapters over 16 places on the device (minutes; writes benchmarks/results/)
+.PHONY: bench-many-adapters
+bench-many-adapters: $(STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.many_adapters
+
 ## make lint    ruff over the code, buf over the contracts, and whether runtime/pb and docs/api.md follow them
 lint: $(STAMP) proto-unbroken
 	$(BIN)/ruff check $(SOURCE)
