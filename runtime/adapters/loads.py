@@ -244,7 +244,7 @@ def _source(command: LoadAdapter, parts: tuple[Part, ...]) -> Source:
 
 
 def _stands_for(live: AdapterRecord, command: LoadAdapter, parts: tuple[Part, ...], read: ReadAdapter) -> bool:
-    """Whether a generation is of these bytes; one that was never read is of those at its own path, whatever they are."""
+    """Whether a generation is of these bytes; one that was never read is of those at its own path."""
     if live.digest:
         return live.digest == read.digest
     return live.path == command.path and live.parts == parts

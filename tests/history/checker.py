@@ -137,9 +137,13 @@ class _RequestCheck:
         ways = [(alias,) for alias in self._lives.aliases.get(term.name, [])] or [()]
         for way in ways:
             name = way[0].name if way else term.name
-            for generation, life in self._lives.by_name.get(name, {}).items():
-                is_meant = Term(name, generation) in said if said else self._may_be_live((*way, life))
-                if term.generation in (0, generation) and is_meant:
+            generations = self._lives.by_name.get(name, {})
+            if said:
+                found = [generations.get(part.generation) for part in said if part.name == name]
+            else:
+                found = [life for life in generations.values() if self._may_be_live((*way, life))]
+            for life in found:
+                if life is not None and term.generation in (0, life.generation):
                     yield (*way, life)
 
     def _is_named(self, choice: tuple[Life, ...], said: list[Term]) -> bool:

@@ -29,7 +29,7 @@ OTHER_WAIT_SECONDS = 20.0
 NUM_CHANNELS = 4
 FLAGS = (
     *("--grpc-port", "0", "--admin-port", "0", "--http-port", "0", "--drain-delay", "0", "--dtype", "float32"),
-    *("--max-adapters", str(MAX_ADAPTERS), "--adapter-memory-gib", "0.004", "--adapter-host-memory-gib", "0.004"),
+    *("--max-adapters", str(MAX_ADAPTERS), "--adapter-memory-gib", "0.004", "--adapter-host-memory-gib", "0.005"),
     *("--adapter-cycle-seconds", "0.05", "--max-adapter-wait-seconds", str(MAX_ADAPTER_WAIT_SECONDS)),
     *("--max-model-len", "64", "--adapters-on-demand"),
 )

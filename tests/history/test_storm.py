@@ -17,7 +17,7 @@ from tests.server.live import REPOSITORY
 
 SUMMARY = REPOSITORY / "benchmarks" / "results" / "history.json"
 SMALL = Plan(seed=1, num_requests=1500)
-WHOLE = Plan(seed=2, num_requests=28_000, num_clients=48)
+WHOLE = Plan(seed=2, num_requests=30_000, num_clients=48)
 MAX_TOLD = 10
 
 # What must have happened, or the storm says little.
