@@ -7,7 +7,7 @@ import resource
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -114,6 +114,12 @@ def _while_reading(server: LiveServer, file: Path) -> Iterator[list[grpc.RpcErro
     raise AssertionError(f"{file} was never found open")
 
 
+def _go_on(pids: set[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
 def _load_large(server: LiveServer, told: list[grpc.RpcError]) -> None:
     try:
         load(server, "large")
@@ -132,10 +138,9 @@ def test_a_kill_while_an_adapter_is_read_leaves_all_files_as_they_were_and_the_n
         load(server, "good")
         family, engine = _family(server.process.pid), _engine(server)
         with _while_reading(server, root / "large" / WEIGHTS) as told:
-            os.kill(engine if who == "engine" else server.process.pid, signal.SIGKILL)
-            if who == "server":
-                for pid in set(family) - {server.process.pid}:
-                    os.kill(pid, signal.SIGCONT)
+            killed = engine if who == "engine" else server.process.pid
+            os.kill(killed, signal.SIGKILL)
+            _go_on(set(family) - {killed})
         assert server.process.wait(20) == (1 if who == "engine" else -signal.SIGKILL)
         assert eventually(lambda: not any(_is_alive(pid) for pid in family), 20), "a process outlived the server"
         (error,) = told
