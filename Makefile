@@ -41,7 +41,7 @@ demo-adapters: $(STAMP)
 test: lint types
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-## make test-history   a storm of 30,000 requests and hundreds of replacements, checked (minutes; writes benchmarks/results/)
+## make test-history   a storm of 33,000 requests and hundreds of replacements, checked (minutes; writes benchmarks/results/)
 .PHONY: test-history
 test-history: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m history -s tests/history $(PYTEST_ARGS)

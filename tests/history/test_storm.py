@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import machine
 from tests.conftest import RecordNumber
 from tests.history.checker import check, counts
 from tests.history.plan import Plan
@@ -17,7 +18,7 @@ from tests.server.live import REPOSITORY
 
 SUMMARY = REPOSITORY / "benchmarks" / "results" / "history.json"
 SMALL = Plan(seed=1, num_requests=1500)
-WHOLE = Plan(seed=2, num_requests=30_000, num_clients=48)
+WHOLE = Plan(seed=2, num_requests=33_000, num_clients=48)
 MAX_TOLD = 10
 
 # What must have happened, or the storm says little.
@@ -68,5 +69,5 @@ def test_a_small_storm_leaves_a_history_without_a_fault(tmp_path: Path, record_n
 def test_the_whole_storm_leaves_a_history_without_a_fault(tmp_path: Path, record_number: RecordNumber) -> None:
     told = _storm(tmp_path, WHOLE)
     summary = _assert_no_fault(told, record_number, min_requests=20_000, min_replacements=200)
-    about = {"seed": WHOLE.seed, "clients": WHOLE.num_clients, "operators": WHOLE.num_operators}
+    about = {"seed": WHOLE.seed, "clients": WHOLE.num_clients, "operators": WHOLE.num_operators} | machine.describe()
     SUMMARY.write_text(json.dumps(about | summary, indent=1) + "\n", encoding="utf-8")
