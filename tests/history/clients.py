@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -40,8 +41,8 @@ class Client:
         self._draw = draw
         self._generations = generations
 
-    async def send(self) -> Request:
-        """One request, whatever becomes of it."""
+    async def send(self) -> list[Request]:
+        """One call, whatever becomes of it: of one prompt as a rule, of two now and then."""
         draw = self._draw
         text, last_token = draw_prompt(draw)
         adapter = draw_adapter(draw, self._generations)
@@ -54,38 +55,47 @@ class Client:
         elif kind < 0.07:
             request.time_limit_seconds = draw.uniform(0.02, 0.2)
             parameters.stopping.time_limit_millis = max(1, int(request.time_limit_seconds * 1000))
+        requests, texts = [request], [text]
         send = self._stream if draw.random() < 0.5 else self._generate
+        if send == self._generate and draw.random() < 0.2:
+            text, last_token = draw_prompt(draw)
+            requests.append(replace(request, last_token=last_token, tokens=[]))
+            texts.append(text)
         try:
-            await send(request, text, parameters, seconds, cancels=0.07 < kind < 0.14)
+            await send(requests, texts, parameters, seconds, cancels=0.07 < kind < 0.14)
         except grpc.aio.AioRpcError as error:
-            request.ended = time.monotonic()
-            request.code, request.reason = error.code().name, reason_of(error)
-            request.details = error.details() or ""
-            _note_trailer(request, error.trailing_metadata())
-        return request
+            for each in requests:
+                each.ended = time.monotonic()
+                each.code, each.reason = error.code().name, reason_of(error)
+                each.details = error.details() or ""
+                _note_trailer(each, error.trailing_metadata())
+        return requests
 
     async def _generate(
-        self, request: Request, text: str, parameters: pb.Parameters, seconds: float, *, cancels: bool
+        self, requests: list[Request], texts: list[str], parameters: pb.Parameters, seconds: float, *, cancels: bool
     ) -> None:
-        message = pb.BatchedGenerationRequest(
-            adapter_id=request.adapter or None, requests=[pb.GenerationRequest(text=text)], params=parameters
-        )
+        prompts = [pb.GenerationRequest(text=text) for text in texts]
+        adapter = requests[0].adapter or None
+        message = pb.BatchedGenerationRequest(adapter_id=adapter, requests=prompts, params=parameters)
         call = self._stub.Generate(message, timeout=seconds)
         if cancels:
             await asyncio.sleep(self._draw.uniform(0, 0.1))
             if call.cancel():
-                _note_cancel(request)
+                for request in requests:
+                    _note_cancel(request)
                 with contextlib.suppress(asyncio.CancelledError):
                     await call
                 return
-        response = (await call).responses[0]
-        request.ended = time.monotonic()
-        request.tokens, request.stop = tokens_of(response.text), pb.StopReason.Name(response.stop_reason)
-        _note_trailer(request, await call.trailing_metadata())
+        responses, ended = (await call).responses, time.monotonic()
+        for request, response in zip(requests, responses, strict=True):
+            request.ended = ended
+            request.tokens, request.stop = tokens_of(response.text), pb.StopReason.Name(response.stop_reason)
+            _note_trailer(request, await call.trailing_metadata())
 
     async def _stream(
-        self, request: Request, text: str, parameters: pb.Parameters, seconds: float, *, cancels: bool
+        self, requests: list[Request], texts: list[str], parameters: pb.Parameters, seconds: float, *, cancels: bool
     ) -> None:
+        (request,), (text,) = requests, texts
         message = pb.SingleGenerationRequest(
             adapter_id=request.adapter or None, request=pb.GenerationRequest(text=text), params=parameters
         )

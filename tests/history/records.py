@@ -10,7 +10,7 @@ Marks = dict[int, int]
 
 @dataclass
 class Request:
-    """One call for text. `adapter` is as it was sent, "" for the base; `answered_by` is the trailer `graft-adapter`.
+    """One prompt of a call. `adapter` is as it was sent, "" for the base; `answered_by` is the trailer `graft-adapter`.
 
     `first` is when the first token came, where the client could tell. `code` and `reason` are those of the status.
     """

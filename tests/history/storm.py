@@ -108,7 +108,7 @@ async def _send_all(server: LiveServer, plan: Plan, history: History, generation
         draw = random.Random(f"{plan.seed} client {index}")
         client = Client(channels[index % NUM_CHANNELS], draw, generations)
         for _ in remaining:
-            history.requests.append(await client.send())
+            history.requests += await client.send()
 
     try:
         await asyncio.gather(*(run(index) for index in range(plan.num_clients)))
