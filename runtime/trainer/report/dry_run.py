@@ -14,8 +14,8 @@ from runtime.trainer.run_data import read_run_data
 from runtime.trainer.step_data import mean_row
 
 NOT_COUNTED = (
-    "of tensors alone: the process with its libraries and what the allocator loses come on top, a fifth more in "
-    "benchmarks/results/train_vs_peft.txt (4.3 and 5.6 GiB where 3.6 and 4.7 are estimated)"
+    "of tensors alone: the process with its libraries and what the allocator loses come on top, about a fifth where it "
+    "was measured (a CPU, docs/training.md)"
 )
 FROZEN = "router (weights and correction bias), norms, embedding, and every weight of the base"
 
