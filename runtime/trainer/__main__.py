@@ -62,7 +62,7 @@ def train(config_path: Path, overrides: Sequence[str], resume: str | None, *, ov
     try:
         rank, world_size, local_rank = process_rank()
         config = read_config(config_path, overrides)
-        _train(config, resume, overwrite, rank, world_size, local_rank)
+        _train(config, resume, rank, world_size, local_rank, overwrite=overwrite)
     except KeyboardInterrupt:
         return 130
     except (GraftError, ValueError, OSError, ReplicasDiffer) as error:
@@ -82,7 +82,7 @@ def train(config_path: Path, overrides: Sequence[str], resume: str | None, *, ov
 
 
 def _train(
-    config: TrainConfig, resume: str | None, overwrite: bool, rank: int, world_size: int, local_rank: int
+    config: TrainConfig, resume: str | None, rank: int, world_size: int, local_rank: int, *, overwrite: bool = False
 ) -> None:
     if rank:
         logging.getLogger("runtime.trainer").setLevel(logging.WARNING)

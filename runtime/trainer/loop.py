@@ -160,6 +160,8 @@ class Training:
         is_best = self.best_step == step
         if config.save_every and (is_last or is_best or step % config.save_every == 0):
             self._save()
+        if is_last:  # no step comes to prove it
+            self._remove_old_checkpoints()
 
     def _checkpoint_to_resume(self, resume: str | None, overwrite: bool) -> tuple[Path | None, RunState | None]:
         config, world = self.config, self.mesh.world
@@ -233,7 +235,6 @@ class Training:
     def _finish(self) -> Path | None:
         check_replicas(self.model.parameters, self.mesh, self.step)
         path = self._export(ADAPTER)
-        self._remove_old_checkpoints()
         self.report.finish()
         return path
 

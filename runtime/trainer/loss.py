@@ -79,9 +79,11 @@ class _NegativeLogLikelihood(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs_NV = logits_NV.float().log_softmax(-1)
+        logits32_NV = logits_NV.float()
+        log_probs_NV = logits32_NV.log_softmax(-1)
         own_N = log_probs_NV.gather(1, targets_N[:, None])[:, 0]
-        is_best_N = logits_NV.argmax(-1) == targets_N  # of the logits: rounding may make log-probabilities equal
+        # Of logits, since rounding may make log-probabilities equal; in float32, which takes a twentieth of the time.
+        is_best_N = logits32_NV.argmax(-1) == targets_N
         ctx.save_for_backward(log_probs_NV, targets_N)
         ctx.dtype = logits_NV.dtype
         ctx.mark_non_differentiable(is_best_N)
