@@ -14,13 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.train_side import CLIP_NORM, LEARNING_RATE, LORA_RANK, SideResult, parser, print_result, run
+from benchmarks.train_side import (
+    CLIP_NORM,
+    LEARNING_RATE,
+    LORA_RANK,
+    SideResult,
+    limit_process,
+    parser,
+    print_result,
+    run,
+)
 from runtime.distributed.mesh import MeshShape, make_mesh
 from runtime.trainer.config import DataConfig, LoraSettings, OptimizerConfig, TrainConfig
 from runtime.trainer.data.documents import Document
 from runtime.trainer.data.rows import RowStream
-from runtime.trainer.loop import RunData, Training
+from runtime.trainer.loop import Training
 from runtime.trainer.parameters import num_elements
+from runtime.trainer.run_data import RunData
 
 
 class GivenRows:
@@ -71,7 +81,7 @@ def measure(arguments: argparse.Namespace, output: Path) -> SideResult:
 def main() -> None:
     """Command line: see the module's text."""
     arguments = parser(__doc__).parse_args()
-    torch.set_num_threads(arguments.threads)
+    limit_process(arguments)
     with tempfile.TemporaryDirectory() as folder:
         print_result(measure(arguments, Path(folder)))
 

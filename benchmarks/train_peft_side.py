@@ -8,14 +8,22 @@ PEFT keeps its factors in float32 whatever the base's dtype, its default; in bfl
 from __future__ import annotations
 
 import argparse
-import resource
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.train_side import CLIP_NORM, LEARNING_RATE, LORA_RANK, SideResult, parser, print_result, run
+from benchmarks.train_side import (
+    CLIP_NORM,
+    LEARNING_RATE,
+    LORA_RANK,
+    SideResult,
+    limit_process,
+    parser,
+    print_result,
+    run,
+)
 
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
 
@@ -57,11 +65,8 @@ def main() -> None:
     """Command line: see the module's text."""
     command = parser(__doc__)
     command.add_argument("--experts", choices=EXPERTS, default="grouped_mm")
-    command.add_argument("--max-gib", type=float, default=16.0, help="end rather than take more memory than this")
     arguments = command.parse_args()
-    num_bytes = int(arguments.max_gib * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
-    torch.set_num_threads(arguments.threads)
+    limit_process(arguments)
     print_result(measure(arguments))
 
 

@@ -1,6 +1,6 @@
 """What both sides of train_vs_peft share: the command line, the data, the clock and the result.
 
-    python -m benchmarks.train_SIDE --model DIR --dtype D --batch B --steps N --threads T [--warmup W] [--length L]
+    python -m benchmarks.train_SIDE --model DIR --dtype D --batch B --steps N --threads T [--warmup W] [--length L] ...
 
 A side trains `--warmup` and then `--steps` steps in its own process and prints a `SideResult` as JSON in the last line.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ LORA_RANK = 16
 LEARNING_RATE = 1e-4
 CLIP_NORM = 1.0
 DTYPES = ("bfloat16", "float32")
+MAX_GIB = 16.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments.add_argument("--threads", type=int, required=True)
     arguments.add_argument("--warmup", type=int, default=2)
     arguments.add_argument("--length", type=int, default=512)
+    arguments.add_argument("--max-gib", type=float, default=MAX_GIB, help="end rather than take more memory than this")
     return arguments
+
+
+def limit_process(arguments: argparse.Namespace) -> None:
+    """Hold this process to the threads and the memory that either side may have."""
+    num_bytes = int(arguments.max_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
+    torch.set_num_threads(arguments.threads)
 
 
 def token_ids(model: Path, step: int, batch: int, length: int) -> Tensor:

@@ -2,9 +2,11 @@
 
     python -m benchmarks.train_vs_peft [--tiny] [--threads N] [--models DIR] [--results DIR]
 
-Same model, rows, optimizer and machine; every run is a process of its own, so that its peak memory is its own. First
-each side's ways (dtype, and how PEFT's side computes experts) are tried for one step after warm-up, and given up
-once they take twice as long as the fastest; then both sides' fastest run in turn, and the median of all steps counts.
+Same model, rows, optimizer, machine and memory limit; every run is a process of its own, so that its peak memory is its
+own. First each side's ways (dtype, and how PEFT's side computes experts) are tried for one step after warm-up; a trial
+that takes twice as long in all as a faster one is given up, and a way that was twice as slow is not tried at the larger
+batch. The fastest way of a side at a batch is the one whose trial step took the least time. Then both sides' fastest
+run in turn, and the median of all their steps counts.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.make_model import DEFAULT_OUT, FULL, TINY, base_dir, make_all
-from benchmarks.train_side import DTYPES, SideResult
+from benchmarks.train_side import DTYPES, MAX_GIB, SideResult
 
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
 BATCHES = (1, 4)
@@ -51,12 +53,23 @@ WAYS = {
 }
 
 
+@dataclass(frozen=True)
+class Trial:
+    """Seconds of the step of a way's trial; where there are none, `why`: it failed, was given up or not tried."""
+
+    seconds: float | None
+    why: str = ""
+
+    def __str__(self) -> str:
+        return self.why if self.seconds is None else f"{self.seconds:.2f} s"
+
+
 @dataclass
 class Comparison:
-    """One batch size: what each way took in the trial (None: failed, or past the time), and each side's full runs."""
+    """One batch size: what became of each way in the trial, and each side's full runs."""
 
     batch: int
-    trials: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    trials: dict[str, dict[str, Trial]] = field(default_factory=dict)
     runs: dict[str, list[SideResult]] = field(default_factory=dict)
 
 
@@ -76,6 +89,7 @@ def main() -> None:
         print(json.dumps(raw, indent=1))
         return
     described = machine.describe() | {"threads": arguments.threads, "load_at_start": f"{load_at_start:.2f}"}
+    described["memory_limit_gib"] = f"{arguments.max_gib:g} for each process of either side"
     about = {"model": "tiny" if arguments.tiny else "0.79 B", "machine": described}
     report = summarise(comparisons) | about
     text = as_text(report)
@@ -92,9 +106,11 @@ def compare(
     """Try the ways, run each side's fastest in turn; gives also the ways that are worth a trial at a larger batch."""
     comparison, fastest, promising = Comparison(batch), {}, {}
     for side, candidates in ways.items():
-        seconds = _trials(model, batch, candidates, arguments)
-        comparison.trials[side] = {str(way): value for way, value in seconds.items()}
-        done = {way: value for way, value in seconds.items() if value is not None}
+        trials = _trials(model, batch, candidates, arguments)
+        left_out = [way for way in WAYS.get(side, []) if way not in candidates]
+        skipped = {str(way): Trial(None, "not tried: far slower or failed at the smaller batch") for way in left_out}
+        comparison.trials[side] = {str(way): trial for way, trial in trials.items()} | skipped
+        done = {way: trial.seconds for way, trial in trials.items() if trial.seconds is not None}
         if not done:
             raise SystemExit(f"{side} at batch {batch}: no way worked; see the messages above")
         fastest[side] = min(done, key=lambda way: done[way])
@@ -110,20 +126,20 @@ def compare(
     return comparison, promising
 
 
-def _trials(model: Path, batch: int, ways: list[Way], arguments: argparse.Namespace) -> dict[Way, float | None]:
-    """Seconds of one step each; None for a way that failed or was given up."""
-    seconds: dict[Way, float | None] = {}
+def _trials(model: Path, batch: int, ways: list[Way], arguments: argparse.Namespace) -> dict[Way, Trial]:
+    """One step each, after warm-up."""
+    trials: dict[Way, Trial] = {}
     limit = arguments.max_seconds
     for way in ways:
         begin = time.perf_counter()
         result = _run(model, batch, way, arguments, 1, limit)
         if isinstance(result, str):
-            seconds[way], said = None, result
+            trials[way] = Trial(None, result)
         else:
-            seconds[way], said = result.seconds_per_step[0], f"{result.seconds_per_step[0]:.2f} s"
+            trials[way] = Trial(result.seconds_per_step[0])
             limit = min(limit, max(LEAST_TRIAL_SECONDS, GIVEN_UP_FROM * (time.perf_counter() - begin)))
-        print(f"batch {batch}, {way.side} tries {way}: {said}", flush=True)
-    return seconds
+        print(f"batch {batch}, {way.side} tries {way}: {trials[way]}", flush=True)
+    return trials
 
 
 def _run(
@@ -132,7 +148,7 @@ def _run(
     """Run one process; a sentence if it failed, or took longer than `max_seconds` in all."""
     command = [sys.executable, "-m", f"benchmarks.train_{way.side}_side", "--model", str(model)]
     command += ["--dtype", way.dtype, "--batch", str(batch), "--steps", str(steps), "--threads", str(arguments.threads)]
-    command += ["--length", str(arguments.length)]
+    command += ["--length", str(arguments.length), "--max-gib", str(arguments.max_gib)]
     command += ["--experts", way.experts] if way.experts else []
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
     try:
@@ -158,7 +174,10 @@ def summarise(comparisons: list[Comparison]) -> dict[str, Any]:
             "speed_ratio": graft["tokens_per_second"] / peft["tokens_per_second"],
             "memory_ratio": graft["peak_bytes"] / peft["peak_bytes"],
             "training_memory_ratio": _ratio(graft["training_peak_bytes"], peft["training_peak_bytes"]),
-            "trials": comparison.trials,
+            "trials": {
+                side: {way: asdict(trial) for way, trial in trials.items()}
+                for side, trials in comparison.trials.items()
+            },
         }
     return {"length": comparisons[0].runs["peft"][0].length, "batches": batches}
 
@@ -215,8 +234,8 @@ def _batch_lines(batch: int, result: dict[str, Any]) -> list[str]:
     for side, numbers in result["sides"].items():
         lines.append(f"  losses, {side:<6} " + " ".join(f"{loss:8.4f}" for loss in numbers["losses"]))
     for side, trials in result["trials"].items():
-        tried = "; ".join(f"{way}: {'-' if value is None else f'{value:.2f} s'}" for way, value in trials.items())
-        lines.append(f"  one step of {side:<6} {tried}")
+        lines.append(f"  one step of {side}, the way with the least time being its fastest:")
+        lines += [f"    {way}: {Trial(**trial)}" for way, trial in trials.items()]
     return lines
 
 
@@ -233,7 +252,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side, in turn")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of a process, after two that warm up")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a process, after two that warm up")
+    parser.add_argument("--max-gib", type=float, default=MAX_GIB, help="of memory for each process, then it fails")
     parser.add_argument("--max-seconds", type=float, default=600.0, help="of one process, before giving up")
     return parser.parse_args()
 

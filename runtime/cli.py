@@ -271,7 +271,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     form.add_argument("--merge", action="store_true", help="write the base with the adapter merged into it instead")
     dtypes = [dtype for dtype in DTYPES if dtype != "auto"]
-    add("--dtype", choices=dtypes, default="bfloat16", help="of what is written (default %(default)s)")
+    add("--dtype", choices=dtypes, help="of what is written (default: a checkpoint's as its run says, else bfloat16)")
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -307,8 +307,10 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add = train.add_argument
     add("config", type=Path, metavar="CONFIG.yaml", help="the run's settings")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting (optimizer.lr=1e-4)")
-    add("--resume", nargs="?", const="latest", metavar="CHECKPOINT",
-        help="go on from the newest checkpoint of the output folder, or from this one")  # fmt: skip
+    begin = train.add_mutually_exclusive_group()
+    begin.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT",
+                       help="go on from the newest checkpoint of the output folder, or from this one")  # fmt: skip
+    begin.add_argument("--overwrite", action="store_true", help="replace the run that lies in the output folder")
     add("--dry-run", action="store_true", help="print trainable tensors, memory per process and work, and stop")
     add("--publish", metavar="H:P", help="load the result into the server with this admin port")
     add("--name", metavar="NAME", help="the name that it gets there")

@@ -13,6 +13,7 @@ from runtime.trainer.export.merge import merge_into_base
 from runtime.trainer.export.source import AdapterSource, read_source
 
 MAX_REMARKS = 10
+DEFAULT_DTYPE = "bfloat16"  # of adapters in a file, and of merged bases
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,10 +31,12 @@ def run(options: argparse.Namespace) -> int:
         _merge(options, source)
         return 0
     base_name = source.base_name or options.base.resolve().name
-    export = ExportOptions(options.format or EXPORT_FORMATS[0], ADAPTER_DTYPES[options.dtype], base_name)
-    notes = export_notes(source.linears, source.experts, targets, export)
-    card = model_card({}, {}, notes, name=options.out.resolve().name, base_name=base_name)
-    num_bytes = write_adapter(options.out, source.linears, source.experts, targets, export, card)
+    dtype = ADAPTER_DTYPES[options.dtype or source.dtype or DEFAULT_DTYPE]
+    export = ExportOptions(options.format or EXPORT_FORMATS[0], dtype, base_name)
+    experts = source.with_idle_experts()
+    notes = export_notes(source.linears, experts, targets, export)
+    card = model_card(source.settings, source.metrics, notes, name=options.out.resolve().name, base_name=base_name)
+    num_bytes = write_adapter(options.out, source.linears, experts, targets, export, card)
     sys.stdout.write("\n".join([f"{options.out}: {export.format}, {num_bytes:,} bytes", *notes]) + "\n")
     return 0
 
@@ -41,17 +44,15 @@ def run(options: argparse.Namespace) -> int:
 def _merge(options: argparse.Namespace, source: AdapterSource) -> None:
     base, adapter = source.base_name or options.base.resolve().name, options.adapter.resolve().name
     card = merged_card(options.out.resolve().name, base, adapter)
-    report = merge_into_base(
-        options.base, options.out, source.linears, source.experts, ADAPTER_DTYPES[options.dtype], card
-    )
+    dtype = options.dtype or DEFAULT_DTYPE
+    report = merge_into_base(options.base, options.out, source.linears, source.experts, ADAPTER_DTYPES[dtype], card)
     sys.stdout.write(
         f"{options.out}: {options.base} with {report.num_changed} weights changed, {report.num_bytes:,} bytes in "
-        f"{options.dtype}\n"
+        f"{dtype}\n"
     )
     if report.num_dequantised:
         sys.stdout.write(
-            f"{report.num_dequantised} fp8 weights are now {options.dtype}; their scales and quantization_config are "
-            "left out\n"
+            f"{report.num_dequantised} fp8 weights are now {dtype}; their scales and quantization_config are left out\n"
         )
 
 

@@ -7,10 +7,40 @@ from pathlib import Path
 import grpc
 
 from loaders.adapter_folder import folder_digest
+from runtime.adapters.expression import ADAPTER_ID
 from runtime.commands.client import DEADLINE_SECONDS, as_graft_error
 from runtime.errors import GraftError
 from runtime.pb.graft.admin.v1 import adapters_pb2 as pb
 from runtime.pb.graft.admin.v1.adapters_pb2_grpc import AdapterServiceStub
+
+CHECK_SECONDS = 10.0
+# What does not keep a name from being loaded.
+_FREE_STATES = (pb.Adapter.STATE_FAILED, pb.Adapter.STATE_DRAINING, pb.Adapter.STATE_UNLOADED)
+
+
+def check_can_publish(address: str, name: str) -> None:
+    """Before a run is trained for it: the name can be one and is free, the server answers. Raises GraftError."""
+    if not ADAPTER_ID.fullmatch(name):
+        raise GraftError(f"--name {name!r} must match {ADAPTER_ID.pattern}", reason="NOT_PUBLISHED")
+    with grpc.insecure_channel(address) as channel:
+        request = pb.GetAdapterRequest(name=f"adapters/{name}")
+        try:
+            adapter = AdapterServiceStub(channel).GetAdapter(request, timeout=CHECK_SECONDS).adapter
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                return
+            problem = as_graft_error(error, address)
+            raise GraftError(
+                f"nothing was trained, since it could not be published: {problem}; check --publish and --name",
+                reason="NOT_PUBLISHED",
+            ) from error
+    if adapter.state in _FREE_STATES:
+        return
+    raise GraftError(
+        f"nothing was trained, since the name {name!r} stands for another adapter on {address} (generation "
+        f"{adapter.generation}): choose another --name, or: graft adapters unload {name}",
+        reason="NOT_PUBLISHED",
+    )
 
 
 def publish(address: str, name: str, folder: Path) -> str:

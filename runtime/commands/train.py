@@ -21,16 +21,20 @@ def run(options: argparse.Namespace) -> int:
     """Train, or say what would be trained; then hand the adapter to a server if asked."""
     if bool(options.publish) != bool(options.name):
         raise ConfigError("--publish HOST:PORT and --name NAME go together")
+    if options.publish and options.dry_run:
+        raise ConfigError("--dry-run trains nothing that --publish could load: leave one of them out")
     config = read_config(options.config, options.set)
     if options.dry_run:
         from runtime.trainer.report.dry_run import describe  # torch takes seconds to import
 
         sys.stdout.write(describe(config) + "\n")
         return 0
+    if options.publish:
+        from runtime.commands.publish import check_can_publish, publish
+
+        check_can_publish(options.publish, options.name)
     status = _train(options, config)
     if status == 0 and options.publish:
-        from runtime.commands.publish import publish
-
         sys.stdout.write(publish(options.publish, options.name, config.output / ADAPTER) + "\n")
     return status
 
@@ -42,11 +46,13 @@ def _train(options: argparse.Namespace, config: TrainConfig) -> int:
     if num_processes == 1:
         from runtime.trainer.__main__ import train  # torch, which a process that only starts others does not need
 
-        return train(options.config, options.set, options.resume)
+        return train(options.config, options.set, options.resume, overwrite=options.overwrite)
     command = [sys.executable, "-m", "runtime.trainer", str(options.config), f"--parent={os.getpid()}"]
     command += [f"--set={override}" for override in options.set]
     if options.resume is not None:
         command.append(f"--resume={options.resume}")
+    if options.overwrite:
+        command.append("--overwrite")
     environments = processes_environment(child_environment(), num_processes)
     return _supervise([subprocess.Popen(command, env=environment) for environment in environments])
 

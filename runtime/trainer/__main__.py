@@ -41,17 +41,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m runtime.trainer", description=__doc__)
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    parser.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT",
-                        help="go on from the newest checkpoint of the output folder, or from this one")  # fmt: skip
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT",
+                       help="go on from the newest checkpoint of the output folder, or from this one")  # fmt: skip
+    begin.add_argument("--overwrite", action="store_true", help="replace the run that lies in the output folder")
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # of processes that `graft train` starts
     options = parser.parse_args(arguments)
     if options.parent is not None:
         end_with_parent(options.parent)
     configure_logging()
-    return train(options.config, options.set, options.resume)
+    return train(options.config, options.set, options.resume, overwrite=options.overwrite)
 
 
-def train(config_path: Path, overrides: Sequence[str], resume: str | None) -> int:
+def train(config_path: Path, overrides: Sequence[str], resume: str | None, *, overwrite: bool = False) -> int:
     """Run this process's part; problems that the user can mend are one sentence.
 
     What all processes meet is told by one on each host, all else by the process that met it.
@@ -60,7 +62,7 @@ def train(config_path: Path, overrides: Sequence[str], resume: str | None) -> in
     try:
         rank, world_size, local_rank = process_rank()
         config = read_config(config_path, overrides)
-        _train(config, resume, rank, world_size, local_rank)
+        _train(config, resume, rank, world_size, local_rank, overwrite=overwrite)
     except KeyboardInterrupt:
         return 130
     except (GraftError, ValueError, OSError, ReplicasDiffer) as error:
@@ -79,7 +81,9 @@ def train(config_path: Path, overrides: Sequence[str], resume: str | None) -> in
     return 0
 
 
-def _train(config: TrainConfig, resume: str | None, rank: int, world_size: int, local_rank: int) -> None:
+def _train(
+    config: TrainConfig, resume: str | None, rank: int, world_size: int, local_rank: int, *, overwrite: bool = False
+) -> None:
     if rank:
         logging.getLogger("runtime.trainer").setLevel(logging.WARNING)
     shape = mesh_shape(config.parallel)
@@ -88,7 +92,7 @@ def _train(config: TrainConfig, resume: str | None, rank: int, world_size: int, 
     _check_devices(device, local_rank)
     device = bind_process(device, local_rank)
     start_processes(device, rank, world_size)
-    Training(config, make_mesh(shape, rank), device, resume).run()
+    Training(config, make_mesh(shape, rank), device, resume, overwrite=overwrite).run()
     stop_processes()  # not after an error: taking groups apart while others fail can abort the process
 
 

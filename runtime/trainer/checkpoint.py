@@ -155,6 +155,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / FILES_FILE).is_file())
 
 
+def good_checkpoints(folder: Path, num_steps: int) -> list[Path]:
+    """Those of fewer steps, oldest first: what a run that lost its numbers after `num_steps` steps can go back to."""
+    return [path for path in checkpoints(folder) if path.name < f"{PREFIX}{num_steps:08d}"]
+
+
 def remove_old(folder: Path, step: int, num_kept: int, best_step: int | None) -> None:
     """Of those up to `step` keep the newest and the best; remove the others and what was left half written."""
     earlier = [path for path in checkpoints(folder) if path.name <= f"{PREFIX}{step:08d}"]

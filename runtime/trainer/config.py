@@ -18,6 +18,7 @@ SELECTIONS = ("gate_score", "token_share")
 OVERFLOWS = ("drop", "reroute")
 EXPORT_FORMATS = ("per-expert", "peft-v5")
 COMPUTE_DTYPES = ("bfloat16", "float32")
+EXPORT_DTYPES = ("bfloat16", "float32", "float16")
 CHECKPOINTS, ADAPTER, BEST_ADAPTER, CURVE = "checkpoints", "adapter", "adapter-best", "loss.png"  # in the output
 
 
@@ -148,6 +149,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     check_replicas_every: int = 100
     export_format: str = "per-expert"
+    export_dtype: str | None = None
     base_name: str | None = None
     measure_mfu: bool = True
 
@@ -155,6 +157,11 @@ class TrainConfig:
     def called_base(self) -> str:
         """What files call the base: as told, or as its folder is called."""
         return self.base_name or self.model.resolve().name
+
+    @property
+    def stored_dtype(self) -> str:
+        """What the adapter's files hold: as told, or what the run computes in, so that the file means the same."""
+        return self.export_dtype or self.dtype
 
     @property
     def num_micro_batches(self) -> int:
@@ -199,6 +206,8 @@ def _check_run(config: TrainConfig) -> None:
     _require(not config.eval_every or is_scored, "eval_every", config.eval_every, "0 without evaluation data")
     _require(0 <= config.seed < 2**63, "seed", config.seed, "0 or more, below 2^63")
     _require(config.export_format in EXPORT_FORMATS, "export_format", config.export_format, _one_of(EXPORT_FORMATS))
+    stored = config.stored_dtype
+    _require(stored in EXPORT_DTYPES, "export_dtype", stored, f"{_one_of(EXPORT_DTYPES)}, or unset for that of dtype")
 
 
 def _check_data(data: DataConfig) -> None:

@@ -65,6 +65,17 @@ def as_plain(config: object) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
+def as_flat(config: object) -> dict[str, str]:
+    """A configuration as the table of a model card: `optimizer.lr` to its value in words."""
+
+    def flat(prefix: str, value: object) -> dict[str, str]:
+        if not isinstance(value, dict):
+            return {prefix: str(value)}
+        return {key: text for name, item in value.items() for key, text in flat(f"{prefix}.{name}", item).items()}
+
+    return {key.removeprefix("."): text for key, text in flat("", as_plain(config)).items()}
+
+
 def from_plain(raw: Mapping[str, Any], where: str) -> TrainConfig:
     """The inverse of `as_plain`, for a configuration kept beside a checkpoint; raises ConfigError naming `where`."""
     problems: list[str] = []
@@ -171,7 +182,11 @@ def _scalar(hint: type, value: object, where: str, problems: list[str]) -> Any:
         except ValueError:
             pass
     if hint is float and type(value) in (int, float):
-        return float(typing.cast(float, value))
+        try:
+            return float(typing.cast(float, value))
+        except OverflowError:  # a whole number of more than 308 digits
+            problems.append(f"{where} is a number of {len(str(value))} digits, which is too large")
+            return None
     if type(value) is hint:
         return value
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}

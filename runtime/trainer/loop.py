@@ -6,12 +6,10 @@ import logging
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from loaders.tokenizer import Tokenizer
 from runtime.distributed.mesh import Mesh, gather_objects, sum_numbers, together
 from runtime.models.deepseek.config import DeepseekConfig
 from runtime.ops.platform import keep_freed_memory
@@ -19,20 +17,19 @@ from runtime.trainer.checkpoint import (
     CheckpointProblem,
     RunState,
     checkpoints,
+    good_checkpoints,
     load_checkpoint,
     open_checkpoint,
     remove_old,
     save_checkpoint,
 )
-from runtime.trainer.config import ADAPTER, BEST_ADAPTER, CHECKPOINTS, TrainConfig
+from runtime.trainer.config import ADAPTER, BEST_ADAPTER, CHECKPOINTS, COMPUTE_DTYPES, TrainConfig
 from runtime.trainer.config_file import as_plain
-from runtime.trainer.data.documents import Document, read_documents, split_documents
-from runtime.trainer.data.rows import RowStream
 from runtime.trainer.evaluate import evaluate
 from runtime.trainer.fingerprint import fingerprint
 from runtime.trainer.model import TrainedModel, check_base_fits, prepare_model
 from runtime.trainer.optimizer import learning_rate, make_optimizer, set_learning_rate
-from runtime.trainer.output import OutputLock, check_output, check_shared
+from runtime.trainer.output import OutputLock, check_output, check_shared, remove_earlier_run
 from runtime.trainer.parameters import num_elements
 from runtime.trainer.pipeline import gradients_of
 from runtime.trainer.replicas import check_replicas, clip_gradients, gradient_norm, sum_gradients
@@ -45,19 +42,10 @@ from runtime.trainer.resume import (
     find_checkpoint,
     is_own_checkpoint,
 )
+from runtime.trainer.run_data import RunData, read_run_data
 from runtime.trainer.step_data import row_width, step_data
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunData:
-    """What is learnt from and what is scored on; `num_steps` optimizer steps in all."""
-
-    rows: RowStream
-    documents: list[Document]
-    evaluation: list[Document]
-    num_steps: int
 
 
 class Diverged(ValueError):
@@ -74,10 +62,14 @@ class Training:
         device: torch.device,
         resume: str | None = None,
         data: RunData | None = None,
+        *,
+        overwrite: bool = False,
     ) -> None:
         """Read the data, load the base, spread or resume the factors.
 
         `resume`: "latest", or a checkpoint's name or folder. `data`: what was read already, or made otherwise.
+        `overwrite`: an earlier run's results in the output give way, when all has been read and just before the first
+        step.
 
         Raises ValueError (ConfigError, DataError, CheckpointError, CheckpointProblem) with a sentence for the user, on
         every process if on one.
@@ -85,20 +77,21 @@ class Training:
         self.config, self.mesh, self.device = config, mesh, device
         self._held = ExitStack()
         try:
-            self._prepare(resume, data)
+            self._prepare(resume, data, overwrite)
         except BaseException:
             self.close()
             raise
 
-    def _prepare(self, resume: str | None, data: RunData | None) -> None:
+    def _prepare(self, resume: str | None, data: RunData | None, overwrite: bool) -> None:
         config, mesh, device = self.config, self.mesh, self.device
         keep_freed_memory(device)
-        found, resumed = self._checkpoint_to_resume(resume)
+        found, resumed = self._checkpoint_to_resume(resume, overwrite)
         self.base, self.data = together(lambda: self._read(data), mesh.world)
         self.model: TrainedModel = prepare_model(config, self.base, mesh, device, self.data.documents, resumed)
         self.inputs = fingerprint(self.data.documents, self.data.evaluation, self.model.stage)
         self.optimizer = make_optimizer(self.model.parameters, config.optimizer)
         self.step, self.best_loss, self.best_step = 0, None, None
+        self._saved_step: int | None = None  # a checkpoint after which nothing was removed yet
         if found is not None and resumed is not None:
             check_same_inputs(config, self.inputs, resumed.inputs)
             load_checkpoint(found, resumed.step, self.model.parameters, self.optimizer, mesh)
@@ -109,6 +102,8 @@ class Training:
         self._gradients = gradients_of(
             self.model.stage, config.num_micro_batches, config.micro_batch_rows * row_width(config)
         )
+        if overwrite:
+            together(lambda: remove_earlier_run(config.output) if mesh.world.rank == 0 else None, mesh.world)
         self.report = together(
             lambda: RunReport(config, self.base, self.model, mesh, self.data.num_steps, resumed, found), mesh.world
         )
@@ -141,7 +136,8 @@ class Training:
         sum_gradients(self.model.parameters, mesh)
         norm = gradient_norm(self.model.parameters, mesh)
         if not math.isfinite(norm):
-            raise Diverged(self._divergence())
+            raise Diverged(self._divergence(f"step {self.step + 1}: the gradients are not finite"))
+        self._remove_old_checkpoints()  # the newest one has just proved to be good
         if config.optimizer.clip_norm is not None:
             clip_gradients(self.model.parameters, norm, config.optimizer.clip_norm)
         self.step += 1
@@ -164,8 +160,10 @@ class Training:
         is_best = self.best_step == step
         if config.save_every and (is_last or is_best or step % config.save_every == 0):
             self._save()
+        if is_last:  # no step comes to prove it
+            self._remove_old_checkpoints()
 
-    def _checkpoint_to_resume(self, resume: str | None) -> tuple[Path | None, RunState | None]:
+    def _checkpoint_to_resume(self, resume: str | None, overwrite: bool) -> tuple[Path | None, RunState | None]:
         config, world = self.config, self.mesh.world
 
         def take_output() -> None:
@@ -175,7 +173,7 @@ class Training:
 
         together(take_output, world)
         check_shared(config.output, world)
-        found = together(lambda: find_checkpoint(config.output, resume), world)
+        found = together(lambda: find_checkpoint(config.output, resume, overwrite=overwrite), world)
         if found is None:
             return None, None
         resumed = open_checkpoint(found, self.mesh)
@@ -186,19 +184,27 @@ class Training:
     def _read(self, data: RunData | None) -> tuple[DeepseekConfig, RunData]:
         base = DeepseekConfig.from_dir(self.config.model)
         check_base_fits(self.config, base)
-        return base, data or read_run_data(self.config, log=self.mesh.world.rank == 0)
+        return base, data or read_run_data(self.config, base, logger.info if self.mesh.world.rank == 0 else None)
 
-    def _divergence(self) -> str:
-        kept = checkpoints(self.config.output / CHECKPOINTS)
-        newest = f"; the newest checkpoint is {kept[-1].name}" if kept else ""
+    def _divergence(self, seen: str) -> str:
+        """What to do: the factors after `step` steps are lost, those of every step before it were good."""
+        config, changes = self.config, ["a lower optimizer.lr"]
+        if config.optimizer.clip_norm is None:
+            changes.append("an optimizer.clip_norm")
+        if config.dtype != COMPUTE_DTYPES[-1]:
+            changes.append(f"dtype: {COMPUTE_DTYPES[-1]}")
+        good = good_checkpoints(config.output / CHECKPOINTS, self.step)
+        kept = f"; {good[-1]} is from before that, and graft export writes its adapter" if good else ""
         return (
-            f"step {self.step + 1}: the gradients are not finite, training diverged: lower optimizer.lr, set "
-            f"optimizer.clip_norm, or use dtype float32{newest}"
+            f"{seen}, training diverged: start a new run in another output with {' or '.join(changes)} (--resume keeps "
+            f"the settings, so it would diverge again){kept}"
         )
 
     def _evaluate(self) -> None:
         found = evaluate(self.config, self.data.evaluation, self.model.stage)
         self.report.evaluation(self.step, found)
+        if not math.isfinite(found.loss):
+            raise Diverged(self._divergence(f"step {self.step}: the evaluation loss is not finite"))
         if self.best_loss is None or found.loss < self.best_loss:
             self.best_loss, self.best_step = found.loss, self.step
             self._export(BEST_ADAPTER)
@@ -217,8 +223,14 @@ class Training:
                 kept = ", ".join(path.name for path in checkpoints(folder)) or "none"
                 logger.error("%s; training goes on; whole checkpoints: %s", problem, kept)
             return
-        if self.mesh.world.rank == 0:
-            remove_old(folder, self.step, self.config.keep_checkpoints, self.best_step)
+        self._saved_step = self.step
+
+    def _remove_old_checkpoints(self) -> None:
+        """Of earlier checkpoints, once the newest is known to be good: a run may diverge in the step before it."""
+        if self._saved_step is not None and self.mesh.world.rank == 0:
+            folder, num_kept = self.config.output / CHECKPOINTS, self.config.keep_checkpoints
+            remove_old(folder, self._saved_step, num_kept, self.best_step)
+        self._saved_step = None
 
     def _finish(self) -> Path | None:
         check_replicas(self.model.parameters, self.mesh, self.step)
@@ -251,27 +263,6 @@ class Training:
                         "embeddings", f"{round(total):,}")  # fmt: skip
             if self.step:
                 logger.info("resumed after step %d of %d", self.step, self.data.num_steps)
-
-
-def read_run_data(config: TrainConfig, *, log: bool = False) -> RunData:
-    """Documents, rows and the number of steps; raises DataError, CheckpointError, or ValueError if it is too short."""
-    tokenizer = Tokenizer.from_dir(config.model)
-    documents, report = read_documents(config.data.train, config.data, tokenizer)
-    evaluation: list[Document] = []
-    if config.data.eval:
-        evaluation, eval_report = read_documents(config.data.eval, config.data, tokenizer)
-        if log:
-            logger.info("evaluation data: %s", eval_report.describe())
-    elif config.data.eval_fraction:
-        documents, evaluation = split_documents(documents, config.data.eval_fraction)
-    if log:
-        logger.info("training data: %s", report.describe())
-    rows = RowStream(documents, config.data, config.seed)
-    num_steps = config.steps
-    if num_steps is None:
-        num_steps = max(1, rows.num_rows(config.epochs or 1) // config.batch_rows)
-        config.optimizer.check_warmup(num_steps)
-    return RunData(rows, documents, evaluation, num_steps)
 
 
 def _share_counted_once(model: TrainedModel, mesh: Mesh) -> float:

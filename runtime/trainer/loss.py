@@ -24,7 +24,10 @@ MAX_LOGITS = 2**25
 
 @dataclass(frozen=True)
 class TargetLosses:
-    """Per target token: its place T in the micro-batch, its negative log-likelihood, whether it is the likeliest."""
+    """Per target token: its place T in the micro-batch, its negative log-likelihood, whether greedy decoding picks it.
+
+    Of equal logits that is the token with the lowest id, as in the server.
+    """
 
     rows_N: Tensor
     losses_N: Tensor
@@ -56,14 +59,19 @@ def _chunk_losses(
         losses_N, is_best_N = _NegativeLogLikelihood.apply(logits_NV, targets_N)  # type: ignore[no-untyped-call]
         return losses_N, is_best_N
     logits_NV = logits_NV.float()
-    first = head.local_out * tp.rank
+    local_vocabulary = head.local_out
+    first = local_vocabulary * tp.rank
     local_N = targets_N - first
-    is_here_N = (local_N >= 0) & (local_N < head.local_out)
-    own_N = logits_NV.gather(1, local_N.clamp(0, head.local_out - 1)[:, None])[:, 0]
+    is_here_N = (local_N >= 0) & (local_N < local_vocabulary)
+    own_N = logits_NV.gather(1, local_N.clamp(0, local_vocabulary - 1)[:, None])[:, 0]
     target_logit_N = leave_parallel(torch.where(is_here_N, own_N, 0), tp)
-    largest_N = max_over(logits_NV.amax(-1), tp)
+    own_largest_N, own_best_N = logits_NV.detach().max(-1)
+    largest_N = max_over(own_largest_N, tp)
     total_N = leave_parallel((logits_NV - largest_N[:, None]).exp().sum(-1), tp)
-    return total_N.log() + largest_N - target_logit_N, target_logit_N.detach() >= largest_N
+    nobody = local_vocabulary * tp.size
+    candidate_N = torch.where(own_largest_N == largest_N, own_best_N + first, nobody)
+    best_N = -max_over(-candidate_N, tp)  # the lowest of the processes' candidates
+    return total_N.log() + largest_N - target_logit_N, best_N == targets_N
 
 
 class _NegativeLogLikelihood(torch.autograd.Function):
@@ -71,9 +79,11 @@ class _NegativeLogLikelihood(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs_NV = logits_NV.float().log_softmax(-1)
+        logits32_NV = logits_NV.float()
+        log_probs_NV = logits32_NV.log_softmax(-1)
         own_N = log_probs_NV.gather(1, targets_N[:, None])[:, 0]
-        is_best_N = own_N >= log_probs_NV.amax(-1)
+        # Of logits, since rounding may make log-probabilities equal; in float32, which takes a twentieth of the time.
+        is_best_N = logits32_NV.argmax(-1) == targets_N
         ctx.save_for_backward(log_probs_NV, targets_N)
         ctx.dtype = logits_NV.dtype
         ctx.mark_non_differentiable(is_best_N)

@@ -48,7 +48,7 @@ def build_stage(config: TrainConfig, base: DeepseekConfig, mesh: Mesh, device: t
 
 
 def check_base_fits(config: TrainConfig, base: DeepseekConfig) -> None:
-    """Raises ConfigError naming what of the base the mesh does not divide; needs no other process and no weight."""
+    """Raises ConfigError naming what the base does not have or the mesh does not divide; needs no weight."""
     tp, ep = config.parallel.tp, config.parallel.expert_size
     divided = [
         ("tp", tp, base.num_attention_heads, "attention heads"),
@@ -66,7 +66,9 @@ def check_base_fits(config: TrainConfig, base: DeepseekConfig) -> None:
         longest = base.max_position_embeddings
         raise ConfigError(f"data.max_length = {config.data.max_length} is beyond the base's {longest} positions")
     split_layers(base.num_hidden_layers, config.parallel.pp, config.parallel.layers)
-    resolve_targets(base, config.lora, config.seed)
+    specs = resolve_targets(base, config.lora, config.seed)
+    if config.selection is not None and not any(is_routed(module) for module in specs):
+        raise ConfigError("selection: no routed experts are among lora.targets; add experts, or leave selection out")
 
 
 def prepare_model(
@@ -88,7 +90,6 @@ def prepare_model(
     stage.train()
     experts: Mapping[int, tuple[int, ...]] | None = resumed.experts if resumed is not None else None
     if resumed is None and config.selection is not None:
-        _require_routed(stage)
         experts = select_experts(config, config.selection, documents, stage)
         if mesh.world.rank == 0:
             logger.info("experts chosen: %s", _described(experts, base.n_routed_experts))
@@ -103,11 +104,6 @@ def prepare_model(
 def _keep_experts(stage: TrainingStage, experts: ExpertsOfLayers) -> None:
     for layer, moe in stage.moe_layers().items():
         moe.experts.set_factors(moe.experts.spec, experts.get(layer, ()))
-
-
-def _require_routed(stage: TrainingStage) -> None:
-    if not any(is_routed(module) for module in stage.options.specs):
-        raise ConfigError("selection: no routed experts are among lora.targets; add experts, or leave selection out")
 
 
 def _described(experts: ExpertsOfLayers, num_experts: int) -> str:

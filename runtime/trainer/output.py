@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import socket
 import tempfile
 import uuid
 from pathlib import Path
 
 from runtime.distributed.mesh import Group, MetByAll, gather_objects, together
-from runtime.trainer.config import ADAPTER, BEST_ADAPTER
+from runtime.trainer.config import ADAPTER, BEST_ADAPTER, CHECKPOINTS, CURVE
 from runtime.trainer.config_file import ConfigError
 from runtime.trainer.export.adapter_files import check_adapter_folder
 
@@ -34,6 +35,20 @@ def check_output(output: Path) -> None:
             check_adapter_folder(output / name)
     except ValueError as cause:
         raise ConfigError(f"output = {str(output)!r}: the run could not leave its adapter there: {cause}") from None
+
+
+def adapters_in(output: Path) -> list[str]:
+    """Names of the adapter folders that a run has left in its output."""
+    return [name for name in (ADAPTER, BEST_ADAPTER) if (output / name).is_dir() and any((output / name).iterdir())]
+
+
+def remove_earlier_run(output: Path) -> None:
+    """Remove the adapters, checkpoints and curve of an earlier run; its log stays, the new one is written beside it."""
+    for name in (ADAPTER, BEST_ADAPTER, CHECKPOINTS):
+        if (output / name).is_dir():
+            logger.info("%s of an earlier run is removed", output / name)
+            shutil.rmtree(output / name)
+    (output / CURVE).unlink(missing_ok=True)
 
 
 def check_shared(output: Path, world: Group) -> None:

@@ -9,24 +9,35 @@ from typing import Any
 from runtime.trainer.checkpoint import CheckpointProblem, RunState, checkpoints
 from runtime.trainer.config import CHECKPOINTS, TrainConfig
 from runtime.trainer.config_file import as_plain
+from runtime.trainer.output import adapters_in
 
 LATEST = "latest"
 # What does not change the result of a run; everything else must be as it was.
 FREE = frozenset(
     ("output", "model", "parallel", "micro_batch_rows", "device", "activation_checkpointing", "pack_experts",
-     "log_every", "eval_every", "save_every", "keep_checkpoints", "check_replicas_every", "export_format", "base_name",
-     "measure_mfu")
+     "log_every", "eval_every", "save_every", "keep_checkpoints", "check_replicas_every", "export_format",
+     "export_dtype", "base_name", "measure_mfu")
 )  # fmt: skip
+# Settings that are read from the first to the last, the first that matches deciding.
+ORDERED = frozenset(("lora.patterns",))
 
 
-def find_checkpoint(output: Path, resume: str | None) -> Path | None:
-    """The folder to resume from, None for a fresh start; raises CheckpointProblem where that would lose a run."""
+def find_checkpoint(output: Path, resume: str | None, *, overwrite: bool = False) -> Path | None:
+    """The folder to resume from, None for a fresh start; raises CheckpointProblem where that would lose a run.
+
+    `overwrite`: the user wants to lose it.
+    """
     existing = checkpoints(output / CHECKPOINTS)
     if resume is None:
-        if existing:
+        if existing and not overwrite:
             raise CheckpointProblem(
                 f"{output} holds checkpoints of an earlier run (up to {existing[-1].name}): go on with --resume, "
-                "or choose another output"
+                "choose another output, or give --overwrite to replace that run"
+            )
+        if (adapters := adapters_in(output)) and not overwrite:
+            raise CheckpointProblem(
+                f"{output} holds the result of an earlier run ({', '.join(adapters)}): choose another output, or give "
+                "--overwrite to replace that run"
             )
         return None
     if resume == LATEST:
@@ -48,9 +59,13 @@ def check_nothing_is_lost(found: Path, output: Path) -> None:
     own = is_own_checkpoint(found, output)
     if own:
         standing = [name for name in standing if name > found.name]
+        which = f"checkpoints after {found.name}"
+    elif standing:
+        which = "checkpoints of another run"
+    else:
+        standing, which = adapters_in(output), "the result of another run"
     if not standing:
         return
-    which = f"checkpoints after {found.name}" if own else "checkpoints of another run"
     raise CheckpointProblem(
         f"{output} holds {which} ({', '.join(standing)}), which this run would replace: go on in a new folder, for "
         f"instance with --resume {found} --set output={output}-from-{found.name}, or move those away first"
@@ -86,6 +101,8 @@ def check_same_inputs(config: TrainConfig, now: Mapping[str, str], before: Mappi
 
 
 def _differences(name: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    if name in ORDERED and isinstance(old, dict) and isinstance(new, dict):
+        return [] if list(old.items()) == list(new.items()) else [(name, old, new)]
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [found for key in keys for found in _differences(f"{name}.{key}", old.get(key), new.get(key))]

@@ -14,6 +14,7 @@ from runtime.trainer.lora import LoraSpec
 
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = "all-linear"
+HEAD = "lm_head"
 _MLP = ("mlp.{}", "mlp.shared_experts.{}")
 # Megatron's names. linear_fc1 and linear_fc2 are those of dense and shared MLPs; routed experts are `experts`.
 ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -112,7 +113,7 @@ def _settings_of(module: str, lora: LoraSettings) -> ModuleLora:
 
 def _matching(target: str, modules: list[str]) -> set[str]:
     if target == ALL_LINEAR:
-        return set(modules)
+        return set(modules) - {HEAD}  # as in PEFT, whose all-linear leaves the output layer out
     parts = ALIASES.get(target, (target,))
     return {module for module in modules if any(_matches(part, module) for part in parts)}
 

@@ -14,7 +14,7 @@ from tests.npu.models import OPERATOR_SIZES, V2_LITE_CHOICE, TinyBase, write_bas
 from tests.trainer.stages import gradients, make_batch, make_rows, make_stage
 
 ROWS = make_rows([(30, 20, 14), (64,), (7, 40)])
-ALL_LINEAR = LoraSettings(("all-linear",), rank=4, alpha=8.0)
+ALL_LINEAR = LoraSettings(("all-linear", "lm_head"), rank=4, alpha=8.0)
 EXPERTS = LoraSettings(("experts",), rank=8, alpha=16.0)
 
 

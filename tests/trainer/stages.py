@@ -27,7 +27,7 @@ from runtime.trainer.step_data import Row, num_target_tokens
 from runtime.trainer.targets import resolve_targets
 
 CPU = torch.device("cpu")
-ALL_LINEAR = LoraSettings(("all-linear",), rank=4, alpha=8.0)
+ALL_LINEAR = LoraSettings(("all-linear", "lm_head"), rank=4, alpha=8.0)
 ROW_TOKENS = 64
 
 

@@ -205,6 +205,7 @@ OUT_OF_RANGE = [
     ("device", "tpu"), ("dtype", "float16"), ("model", "/nowhere"), ("steps", 0), ("epochs", 1.0), ("batch_rows", 0),
     ("micro_batch_rows", 0), ("micro_batch_rows", 3), ("log_every", 0), ("keep_checkpoints", 0), ("eval_every", -1),
     ("save_every", -1), ("check_replicas_every", -1), ("seed", -1), ("seed", 2**63), ("export_format", "gguf"),
+    ("export_dtype", "int8"),
     ("data.train", []), ("data.train", "/nowhere.jsonl"), ("data.eval", "/nowhere.jsonl"), ("data.eval_fraction", 1.0),
     ("data.eval_fraction", -0.1), ("data.format", "csv"), ("data.template", "llama"), ("data.overlong", "wrap"),
     ("data.max_length", 1), ("lora.targets", []), ("lora.rank", -1), ("lora.rank", 513), ("lora.alpha", 0.0),
@@ -252,6 +253,12 @@ def test_a_configuration_survives_json_and_back(write: Write) -> None:
     assert read_config(write(**plain)) == config
     changed = dataclasses.replace(config, seed=5)
     assert as_plain(changed) == as_plain(config) | {"seed": 5}
+
+
+def test_an_adapter_is_stored_as_it_was_computed_unless_told_otherwise(write: Write) -> None:
+    stored = [read_config(write(), (f"dtype={dtype}",)).stored_dtype for dtype in ("float32", "bfloat16")]
+    assert stored == ["float32", "bfloat16"]
+    assert read_config(write(), ("dtype=float32", "export_dtype=float16")).stored_dtype == "float16"
 
 
 def test_a_kept_configuration_with_other_keys_is_refused_by_where_it_lies() -> None:

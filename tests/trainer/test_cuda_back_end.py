@@ -16,7 +16,7 @@ from tests.trainer.stages import gradients, make_batch, make_rows, make_stage
 
 ROWS = make_rows(((14, 9), (21,), (1, 5, 12)), seed=3, num_words=5)
 # A rank that no grouped product takes as it is, dropout, and a capacity that drops.
-LORA = LoraSettings(("all-linear",), rank=3, alpha=6.0, dropout=0.1)
+LORA = LoraSettings(("all-linear", "lm_head"), rank=3, alpha=6.0, dropout=0.1)
 ROUTING = RoutingConfig(aux_loss=0.1, capacity_factor=1.0)
 GPU = torch.device("cuda")
 

@@ -182,9 +182,9 @@ PATTERNS = {
     "o_proj": ModuleLora(0),
 }
 VARIANTS: dict[str, tuple[LoraSettings, dict[str, Any]]] = {
-    "rank-stabilised scale": (LoraSettings(("all-linear",), rank=4, alpha=8.0, rslora=True), {}),
-    "rank 3": (LoraSettings(("all-linear",), rank=3), {}),
-    "a rank for each module": (LoraSettings(("all-linear",), rank=4, patterns=PATTERNS), {}),
+    "rank-stabilised scale": (LoraSettings(("all-linear", "lm_head"), rank=4, alpha=8.0, rslora=True), {}),
+    "rank 3": (LoraSettings(("all-linear", "lm_head"), rank=3), {}),
+    "a rank for each module": (LoraSettings(("all-linear", "lm_head"), rank=4, patterns=PATTERNS), {}),
     "some experts": (ALL_LINEAR, {"adapted": (1, 4, 5, 15)}),
     "one expert": (LoraSettings(("experts",), rank=2), {"adapted": (6,)}),
     "recomputed activations": (ALL_LINEAR, {"activation_checkpointing": True}),
@@ -208,7 +208,7 @@ def test_gradients_of_every_variant_equal_autograd_on_merged_weights(
 def test_patterns_give_every_module_its_own_rank_and_rank_zero_leaves_it_alone(
     oracle: Callable[[Shape], Oracle],
 ) -> None:
-    stage = make_stage(oracle(V3), LoraSettings(("all-linear",), rank=4, patterns=PATTERNS))
+    stage = make_stage(oracle(V3), LoraSettings(("all-linear", "lm_head"), rank=4, patterns=PATTERNS))
     ranks = {p.name: p.shape[0] for p in stage.lora_parameters() if p.name.endswith("lora_A")}
     assert ranks["model.layers.1.mlp.experts.down_proj.lora_A"] == 5
     assert ranks["model.layers.1.self_attn.q_b_proj.lora_A"] == 7
@@ -223,7 +223,7 @@ def test_recomputed_activations_change_no_gradient(
     oracle: Callable[[Shape], Oracle], shape: Shape, routing: RoutingConfig
 ) -> None:
     """With dropout and balance, whose second computation must make the same choices as the first."""
-    lora = LoraSettings(("all-linear",), rank=4, dropout=0.3)
+    lora = LoraSettings(("all-linear", "lm_head"), rank=4, dropout=0.3)
     batches = [make_batch(ROWS)]
     plain, again = (
         gradients(make_stage(oracle(shape), lora, routing=routing, activation_checkpointing=on), batches)
@@ -237,7 +237,7 @@ def test_recomputed_activations_change_no_gradient(
 def test_gradients_do_not_depend_on_the_split_into_micro_batches(
     oracle: Callable[[Shape], Oracle], shape: Shape
 ) -> None:
-    stage = make_stage(oracle(shape), LoraSettings(("all-linear",), rank=4, dropout=0.3))
+    stage = make_stage(oracle(shape), LoraSettings(("all-linear", "lm_head"), rank=4, dropout=0.3))
     whole = gradients(stage, [make_batch(ROWS)])
     split = gradients(stage, [make_batch([row], of=ROWS, first_row=index) for index, row in enumerate(ROWS)])
     assert split[0] == pytest.approx(whole[0], rel=1e-6)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import runtime.trainer.loss
+from runtime.distributed.mesh import Group
 from runtime.trainer.config import LoraSettings
 from runtime.trainer.data.batch import IGNORED
+from runtime.trainer.lora import LoraParallelLinear
+from runtime.trainer.loss import _chunk_losses
 from tests.oracle.base_models import Oracle
 from tests.oracle.shapes import V3, Shape
 from tests.trainer.stages import gradients, make_batch, make_rows, make_stage
@@ -30,6 +37,51 @@ def test_losses_are_those_of_pytorch_at_the_targets_alone(oracle: Callable[[Shap
     expected = cross_entropy(logits[is_target], batch.targets_T[is_target], reduction="none")
     torch.testing.assert_close(found.losses_N, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(found.is_best_N, logits[is_target].argmax(-1) == batch.targets_T[is_target])
+
+
+class _Logits:
+    """A head that gives these logits, in place of `LoraParallelLinear`."""
+
+    def __init__(self, logits_NV: Tensor) -> None:
+        self.logits_NV, self.local_out = logits_NV, logits_NV.shape[1]
+
+    def __call__(self, hidden_NH: Tensor, ids_N: Tensor) -> Tensor:
+        return self.logits_NV
+
+
+TIED = torch.tensor([[1.0, 5.0, 5.0, 5.0], [3.0, 0.0, 0.0, 3.0], [0.0, 1.0, 2.0, 2.0]], dtype=torch.bfloat16)
+PICKED = [1, 0, 2]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_of_equal_logits_the_lowest_token_counts_as_picked_as_in_the_server(
+    monkeypatch: pytest.MonkeyPatch, tp_size: int
+) -> None:
+    """Processes are threads here; what they exchange is gathered in a list."""
+    barrier, parts = threading.Barrier(tp_size), [torch.empty(0)] * tp_size
+
+    def exchange(x: Tensor, tp: Group) -> Tensor:
+        barrier.wait(10)
+        parts[tp.rank] = x.detach()
+        barrier.wait(10)
+        return torch.stack(parts)
+
+    monkeypatch.setattr(runtime.trainer.loss, "max_over", lambda x, tp: exchange(x, tp).amax(0))
+    monkeypatch.setattr(runtime.trainer.loss, "leave_parallel", lambda x, tp: exchange(x, tp).sum(0))
+
+    def picked(rank: int) -> list[list[bool]]:
+        tp = Group(tuple(range(tp_size)), rank, None)
+        head = cast(LoraParallelLinear, _Logits(TIED.chunk(tp_size, 1)[rank]))
+        nothing = torch.zeros(len(TIED), dtype=torch.int64)
+        return [
+            _chunk_losses(nothing, torch.full_like(nothing, token), nothing, head, tp)[1].tolist() for token in range(4)
+        ]
+
+    with ThreadPoolExecutor(tp_size) as threads:
+        found = list(threads.map(picked, range(tp_size)))
+    assert TIED.float().argmax(-1).tolist() == PICKED, "what the server's sampler takes"
+    expected = [[token == best for best in PICKED] for token in range(4)]
+    assert found == [expected] * tp_size
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])

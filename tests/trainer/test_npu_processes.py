@@ -34,7 +34,7 @@ from runtime.trainer import __main__ as trainer
 from runtime.trainer.config import ParallelConfig
 
 class Training:
-    def __init__(self, config, mesh, device, resume):
+    def __init__(self, config, mesh, device, resume, *, overwrite):
         import torch_npu
         torch_npu.notes.append(f"trains on {device}, peak {memory_peak_bytes(device)}")
     def run(self):

@@ -65,7 +65,11 @@ CASES: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "one shared projection": (("shared_experts.up_proj",), of_layers(MOE, "mlp.shared_experts.up_proj")),
     "a glob": (("q_[ab]_proj",), Q_A | Q_B),
     "a glob over layers": (("layers.[12].self_attn.o_proj",), of_layers(MOE, "self_attn.o_proj")),
-    "all-linear": (("all-linear",), Q_A | Q_B | KV_A | KV_B | O | DENSE | SHARED | ROUTED | HEAD),
+    "all-linear": (("all-linear",), Q_A | Q_B | KV_A | KV_B | O | DENSE | SHARED | ROUTED),  # as PEFT: no head
+    "all-linear and the head": (
+        ("all-linear", "lm_head"),
+        Q_A | Q_B | KV_A | KV_B | O | DENSE | SHARED | ROUTED | HEAD,
+    ),
     "twice the same": (("o_proj", "linear_proj"), O),
 }
 
@@ -138,6 +142,20 @@ def test_alpha_unset_means_a_scale_of_one_and_rank_stabilised_scales_by_the_root
         assert [spec.scale for spec in specs] == pytest.approx([scale] * 3)
 
 
+def test_all_linear_leaves_the_head_out_as_peft_does(oracle: Callable[[Shape], Oracle]) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = oracle(V3)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base.path), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    adapted = {name for name, _ in model.named_parameters() if ".lora_A" in name}
+    assert any("o_proj" in name for name in adapted) and not any("lm_head" in name for name in adapted)
+    own = modules(DeepseekConfig.from_dir(base.path), "all-linear")
+    assert "lm_head" not in own and any("o_proj" in name for name in own)
+
+
 def test_the_first_pattern_that_fits_decides(v3: DeepseekConfig) -> None:
     patterns = {
         "layers.1.self_attn": ModuleLora(2, 8.0),
@@ -146,7 +164,7 @@ def test_the_first_pattern_that_fits_decides(v3: DeepseekConfig) -> None:
         "experts": ModuleLora(5, 10.0),
         "*_proj": ModuleLora(7),
     }
-    lora = LoraSettings(("all-linear",), rank=16, alpha=32.0, patterns=patterns)
+    lora = LoraSettings(("all-linear", "lm_head"), rank=16, alpha=32.0, patterns=patterns)
     specs = resolve_targets(v3, lora, 0)
 
     def rank_and_scale(module: str) -> tuple[int, float]:

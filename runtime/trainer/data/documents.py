@@ -58,27 +58,47 @@ class DataReport:
         )
 
 
+class _Problems:
+    """The bad rows of one set, which is called by its role."""
+
+    def __init__(self, role: str) -> None:
+        self.role, self.found = role, list[str]()
+
+    def add(self, problem: str) -> None:
+        """Keep it; raises DataError when there are too many."""
+        self.found.append(problem)
+        if len(self.found) >= MAX_BAD_ROWS:
+            self.raise_any()
+
+    def raise_any(self) -> None:
+        """Raises DataError if there are any."""
+        if not self.found:
+            return
+        stopped = f" (reading stopped after {MAX_BAD_ROWS})" if len(self.found) >= MAX_BAD_ROWS else ""
+        rows = "1 row" if len(self.found) == 1 else f"{len(self.found)} rows"
+        raise DataError(f"{rows} of the {self.role} data cannot be used{stopped}", self.found)
+
+
 def read_documents(
-    paths: Sequence[Path], data: DataConfig, tokenizer: Tokenizer
+    paths: Sequence[Path], data: DataConfig, tokenizer: Tokenizer, *, role: str = "training"
 ) -> tuple[list[Document], DataReport]:
     """Read, check and tokenise all rows, in the order of the files.
 
-    Raises DataError naming every bad row as `file:line: what is wrong`, or if there is nothing to learn.
+    Raises DataError naming `role` and every bad row as `file:line: what is wrong`, or if there is nothing to learn.
     """
     documents: list[Document] = []
-    problems: list[str] = []
+    problems = _Problems(role)
     num_rows = num_truncated = 0
     for where, document in _read_all(paths, data, tokenizer, problems):
         num_rows += 1
         if len(document) <= data.max_length:
             documents.append(document)
         elif data.overlong == "error":
-            _add_problem(problems, f"{where}: {len(document)} tokens, more than data.max_length = {data.max_length}")
+            problems.add(f"{where}: {len(document)} tokens, more than data.max_length = {data.max_length}")
         elif data.overlong == "truncate" and document.is_target[: data.max_length].any():
             documents.append(_truncated(document, data.max_length))
             num_truncated += 1
-    if problems:
-        raise _bad_rows(problems)
+    problems.raise_any()
     num_tokens = sum(len(document) for document in documents)
     num_targets = sum(int(document.is_target.sum()) for document in documents)
     report = DataReport(num_rows, num_rows - len(documents), num_truncated, num_tokens, num_targets)
@@ -108,7 +128,7 @@ def split_documents(documents: Sequence[Document], fraction: float) -> tuple[lis
 
 
 def _read_all(
-    paths: Sequence[Path], data: DataConfig, tokenizer: Tokenizer, problems: list[str]
+    paths: Sequence[Path], data: DataConfig, tokenizer: Tokenizer, problems: _Problems
 ) -> Iterator[tuple[str, Document]]:
     """Every good row as (`file:line`, document); after a problem, rows are tokenised only where that can find more."""
     encoder = SegmentEncoder(tokenizer)
@@ -116,14 +136,14 @@ def _read_all(
     for path in paths:
         examples = _read_examples(path, data.format, problems)
         while block := list(islice(examples, _BLOCK_ROWS)):
-            if problems and data.overlong != "error":
+            if problems.found and data.overlong != "error":
                 continue
             encoded = encoder.encode([template.segments(example) for _, example in block])
             for (where, _), (token_ids, is_target) in zip(block, encoded, strict=True):
                 yield where, Document(token_ids, is_target)
 
 
-def _read_examples(path: Path, format_name: str, problems: list[str]) -> Iterator[tuple[str, Example]]:
+def _read_examples(path: Path, format_name: str, problems: _Problems) -> Iterator[tuple[str, Example]]:
     """With format auto, the first row whose keys are known decides for the file."""
     for number, row in read_rows(path):
         try:
@@ -133,24 +153,12 @@ def _read_examples(path: Path, format_name: str, problems: list[str]) -> Iterato
                 format_name = detect_format(row)
             yield f"{path}:{number}", read_example(row, format_name)
         except RowError as cause:
-            _add_problem(problems, f"{path}:{number}: {cause}")
+            problems.add(f"{path}:{number}: {cause}")
 
 
 def _truncated(document: Document, max_length: int) -> Document:
     """The head, so that the prompt stays as it is served; the EOS is cut with the tail and cannot be learnt early."""
     return Document(document.token_ids[:max_length].copy(), document.is_target[:max_length].copy())
-
-
-def _add_problem(problems: list[str], problem: str) -> None:
-    problems.append(problem)
-    if len(problems) >= MAX_BAD_ROWS:
-        raise _bad_rows(problems)
-
-
-def _bad_rows(problems: list[str]) -> DataError:
-    stopped = f" (reading stopped after {MAX_BAD_ROWS})" if len(problems) >= MAX_BAD_ROWS else ""
-    rows = "1 row" if len(problems) == 1 else f"{len(problems)} rows"
-    return DataError(f"{rows} of the training data cannot be used{stopped}", problems)
 
 
 def _require_targets(paths: Sequence[Path], data: DataConfig, report: DataReport) -> None:

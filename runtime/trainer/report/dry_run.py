@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from loaders.tokenizer import Tokenizer
 from runtime.models.deepseek.config import DeepseekConfig
 from runtime.trainer.config import TrainConfig
-from runtime.trainer.data.documents import read_documents
 from runtime.trainer.model import check_base_fits
 from runtime.trainer.plan import RunPlan, TensorInfo, plan_run, process_memory
 from runtime.trainer.report.flops import CONVENTION
+from runtime.trainer.run_data import read_run_data
 from runtime.trainer.step_data import mean_row
 
+NOT_COUNTED = (
+    "of tensors alone: the process with its libraries and what the allocator loses come on top, about a fifth where it "
+    "was measured (a CPU, docs/training.md)"
+)
 FROZEN = "router (weights and correction bias), norms, embedding, and every weight of the base"
 
 
@@ -21,9 +24,10 @@ def describe(config: TrainConfig) -> str:
     """The whole report; reads the data and the base's config, but no weight."""
     base = DeepseekConfig.from_dir(config.model)
     check_base_fits(config, base)
-    documents, report = read_documents(config.data.train, config.data, Tokenizer.from_dir(config.model))
-    tokens, targets = mean_row(config, documents)
-    lines = [f"Data: {report.describe()}", "", describe_run(plan_run(base, config, tokens, targets))]
+    lines: list[str] = []
+    data = read_run_data(config, base, lines.append)
+    tokens, targets = mean_row(config, data.documents)
+    lines += ["", describe_run(plan_run(base, config, tokens, targets))]
     if config.selection is not None:
         lines += ["", "selection leaves experts out before training; the numbers above count all of them"]
     return "\n".join(lines)
@@ -42,6 +46,7 @@ def describe_run(plan: RunPlan) -> str:
         "",
         f"Memory of each process in GiB, estimated, {checkpointing} activation checkpointing",
         *_memory_table(plan),
+        f"  {NOT_COUNTED}",
         "",
         f"Work: {plan.step_flops:.3e} FLOPs for each step of {plan.tokens_per_step:,} tokens "
         f"on {plan.num_processes} {'process' if plan.num_processes == 1 else 'processes'}",

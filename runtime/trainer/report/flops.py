@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FROZEN_FLOPS = 4  # per parameter and token
 LORA_FLOPS = 6
 CONVENTION = "4 FLOPs per frozen and 6 per LoRA parameter and token, causal half of the attention scores"
-PEAK = "MFU is against the fastest matrix product measured on this device at start"
+PEAK = "against the fastest matrix product measured on this device at start"
 LEAST_MATMUL_SECONDS = 0.02
 MAX_MATMUL_SIZE = 8192
 NUM_MATMULS = 5

@@ -5,6 +5,7 @@ Writing it never ends a run: what cannot be written is told once and left out.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -44,7 +45,7 @@ class TrainingLog:
 
     `resumed_step`: the last step that the loaded checkpoint holds; lines past it are cut off, so that each step has
     one line. None: a new run. `resumed_log`: the log of the run that goes on, if it lies elsewhere; its lines are
-    copied. A log of another run that lies here is kept as `log.previous.jsonl`.
+    copied. A log of another run that lies here is kept as `log.previous.jsonl`, `log.previous-2.jsonl` and so on.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class TrainingLog:
             folder.mkdir(parents=True, exist_ok=True)
             own = resumed_step is not None and (resumed_log or self._path).resolve() == self._path.resolve()
             if not own and self._path.exists():
-                self._path.replace(folder / PREVIOUS_NAME)
+                self._path.replace(_unused(folder / PREVIOUS_NAME))
             if not own and resumed_log is not None and resumed_log.exists():
                 shutil.copyfile(resumed_log, self._path)
             if resumed_step is not None:
@@ -172,6 +173,12 @@ def _cut(path: Path, last_step: int) -> None:
             break
         size = end
     os.truncate(path, size)
+
+
+def _unused(path: Path) -> Path:
+    """The path, or the first of NAME-2, NAME-3, ... where nothing lies."""
+    names = itertools.chain([path], (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def _open_event_file(folder: Path, first_step: int) -> EventFile | None:

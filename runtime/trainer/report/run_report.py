@@ -16,7 +16,7 @@ from runtime.trainer.evaluate import Evaluation
 from runtime.trainer.model import TrainedModel
 from runtime.trainer.plan import tensor_infos
 from runtime.trainer.report.curve import draw_curve
-from runtime.trainer.report.flops import LoraSize, measure_peak, mfu, step_flops
+from runtime.trainer.report.flops import CONVENTION, PEAK, LoraSize, measure_peak, mfu, step_flops
 from runtime.trainer.report.log import LOG_NAME, TrainingLog
 from runtime.trainer.report.progress import EvalRecord, StepRecord
 from runtime.trainer.step_data import Row, StepData
@@ -51,6 +51,7 @@ class RunReport:
             placement = model.stage.placement
             if config.measure_mfu:
                 self._peak = measure_peak(placement.device, placement.dtype) * mesh.world.size
+            self._tell_mfu(0 if step is None else step)
 
     def step(
         self,
@@ -79,6 +80,16 @@ class RunReport:
             StepRecord(step, epoch, loss, lr, norm, data.num_tokens, data.num_targets, seconds,
                        data.num_tokens / seconds, left, used, balance, dropped)
         )  # fmt: skip
+
+    def _tell_mfu(self, step: int) -> None:
+        """What the MFU of every line is a share of, or that there is none."""
+        if self._log is None:
+            return
+        if self._peak is None:
+            logger.info("no MFU: measure_mfu is false, so the peak is not known")
+        else:
+            logger.info("MFU: %s; %s, %.3g FLOP/s over all processes", CONVENTION, PEAK, self._peak)
+        self._log.event(step, "start", flops_convention=CONVENTION, peak_flops_per_second=self._peak)
 
     def evaluation(self, step: int, found: Evaluation) -> None:
         """Log an evaluation."""

@@ -14,7 +14,7 @@ IDLE_EXPERT = 5
 # Everything that could depend on the layout and must not.
 OPTIONS: dict[str, Any] = {
     "lora": {
-        "targets": ["all-linear"],
+        "targets": ["all-linear", "lm_head"],
         "rank": 4,
         "rslora": True,
         "dropout": 0.2,
@@ -46,7 +46,7 @@ def plain_config(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "model": str(base),
         "output": str(output),
         "data": {"train": [str(base / "config.json")], "max_length": 48},
-        "lora": {"targets": ["all-linear"], "rank": 4, "alpha": 8.0},
+        "lora": {"targets": ["all-linear", "lm_head"], "rank": 4, "alpha": 8.0},
         "optimizer": {"lr": 2e-3, "clip_norm": 1.0, "eps": 1e-6, "weight_decay": 0.01, "warmup_steps": 2},
         "steps": 5,
         "batch_rows": 8,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import RecordNumber
-from tests.trainer.parallel.base import OPTIONS, build_base, plain_config
+from tests.trainer.parallel.base import IDLE_EXPERT, OPTIONS, build_base, plain_config
 from tests.trainer.parallel.launch import logs, run_job
 from tests.trainer.parallel.worker import Run
 
@@ -27,9 +27,15 @@ FEW_EXPERTS: dict[str, Any] = {
     "lora": {"targets": ["experts"], "rank": 4},
     "selection": {"by": "token_share", "threshold": 0.05, "sample_rows": 8},
 }
+# Nothing but experts, whose gradients are small: this clips every step, by a norm that each layout must count alike.
+CLIPPED_EXPERTS: dict[str, Any] = {
+    "lora": {"targets": ["experts"], "rank": 4},
+    "optimizer": {"lr": 2e-3, "clip_norm": 0.02, "eps": 1e-3},
+}
 VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "plain": ({}, tuple(LAYOUTS)),
     "options": (OPTIONS, ("TP2", "EP2", "TP2xPP2", "TP2xDP2, EP4", "PP2xEP2")),
+    "clipped experts": (CLIPPED_EXPERTS, ("DP2", "EP2", "TP2xDP2", "TP2xPP2")),
     "few experts": (FEW_EXPERTS, ("TP2", "EP2", "TP2xPP2", "TP2xDP2, EP4", "PP2xEP2")),
 }
 
@@ -70,6 +76,8 @@ def test_a_layout_trains_what_one_process_trains(
     assert len(seen["losses"]) == 5
     pairs = zip(seen["losses"], one["losses"], strict=True)
     record_number(f"{name}, loss, relative", max(abs(a / b - 1) for a, b in pairs), at_most=1e-5)
+    pairs = zip(seen["norms"], one["norms"], strict=True)
+    record_number(f"{name}, gradient norm, relative", max(abs(a / b - 1) for a, b in pairs), at_most=1e-5)
     assert seen["adapter"].keys() == one["adapter"].keys()
     worst = max(float((seen["adapter"][key] - one["adapter"][key]).abs().max()) for key in one["adapter"])
     record_number(f"{name}, exported adapter, absolute", worst, at_most=1e-5)
@@ -79,11 +87,18 @@ def test_a_layout_trains_what_one_process_trains(
 
 
 def test_the_runs_were_not_trivial(results: dict[str, dict[str, Any]]) -> None:
-    """Losses move, an expert saw no token, and selection left some experts out."""
+    """Losses move, routing is uneven, an expert with factors saw no token, clipping acted, selection left some out."""
     losses = results["one: plain"]["losses"]
     assert len(set(losses)) == 5
     tensors = results["one: plain"]["adapter"]
-    assert any(key.startswith("1.5.") for key in tensors)
+    for variant in ("plain", "clipped experts"):
+        tokens = results[f"one: {variant}"]["tokens"]
+        for layer, tokens_E in tokens.items():
+            assert tokens_E[IDLE_EXPERT] == 0 and f"{layer}.{IDLE_EXPERT}.down.b" in tensors
+            assert tokens_E.max() > 3 * tokens_E[tokens_E > 0].min(), tokens_E
+        assert max(tokens_E.max() / tokens_E.double().mean() for tokens_E in tokens.values()) > 2
+    assert min(results["one: clipped experts"]["norms"]) > 2 * CLIPPED_EXPERTS["optimizer"]["clip_norm"]
+    assert min(results["one: plain"]["norms"]) > 1, "the plain runs' clip_norm"
     with_options = results["one: options"]["adapter"]
     assert len(with_options) < len(tensors)
     few = {key.split(".")[1] for key in results["one: few experts"]["adapter"] if key.startswith("1.")}

@@ -23,8 +23,10 @@ from runtime.trainer.data.documents import Document
 from runtime.trainer.data.rows import RowStream
 from runtime.trainer.gather import gather_adapter
 from runtime.trainer.initialise import distribute, draw
-from runtime.trainer.loop import RunData, Training
+from runtime.trainer.loop import Training
+from runtime.trainer.micro_batch import MicroBatch
 from runtime.trainer.parameters import Side
+from runtime.trainer.run_data import RunData
 from runtime.trainer.stage import mesh_shape
 from tests.trainer.parallel.faults import UNSHARED, fault_after_step, fault_at_start
 
@@ -82,13 +84,15 @@ def _drawn_b(name: str, shape: tuple[int, int]) -> Tensor:
 
 
 def result_of(run: Run, training: Training, mesh: Mesh, evaluate: Callable[[Training], dict[str, float]]) -> None:
-    """Train and leave losses, gradient norms and the adapter in `run.output`."""
+    """Train and leave losses, gradient norms, tokens of each expert and the adapter in `run.output`."""
     num_steps = run.stop_after or training.data.num_steps
-    losses = []
+    losses, norms, tokens = [], _norms_of(training), _tokens_of_experts(training)
     while training.step < num_steps:
         losses.append(training.train_step())
         with fault_after_step(run.fault, training):
             training.after_step()
+    for moe in training.model.stage.moe_layers().values():
+        moe.observe_routing = None
     adapter = gather_adapter(training.model.parameters, mesh)
     scores = evaluate(training)
     if adapter is not None:
@@ -99,7 +103,34 @@ def result_of(run: Run, training: Training, mesh: Mesh, evaluate: Callable[[Trai
                     pair = getattr(lora, projection)
                     tensors[f"{layer}.{expert}.{projection}.a"] = pair.a
                     tensors[f"{layer}.{expert}.{projection}.b"] = pair.b
-        torch.save({"losses": losses, "scores": scores, "adapter": tensors}, run.output)
+        found = {"losses": losses, "norms": norms, "tokens": tokens, "scores": scores, "adapter": tensors}
+        torch.save(found, run.output)
+
+
+def _norms_of(training: Training) -> list[float]:
+    """The gradient norm of every step from now on, as the run takes it: before clipping."""
+    norms: list[float] = []
+    log_step = training.report.step
+
+    def step(*arguments: Any) -> None:
+        norms.append(arguments[4])
+        log_step(*arguments)
+
+    training.report.step = step  # type: ignore[method-assign]
+    return norms
+
+
+def _tokens_of_experts(training: Training) -> dict[int, Tensor]:
+    """Layer of this process's stage -> how often each expert is chosen from now on."""
+    tokens = {}
+    for layer, moe in training.model.stage.moe_layers().items():
+        tokens[layer] = torch.zeros(len(moe.experts.experts) * training.mesh.ep.size, dtype=torch.int64)
+
+        def observe(weights_TK: Tensor, experts_TK: Tensor, batch: MicroBatch, count_E: Tensor = tokens[layer]) -> None:
+            count_E += torch.bincount(experts_TK[batch.is_real_T].flatten(), minlength=len(count_E))
+
+        moe.observe_routing = observe
+    return tokens
 
 
 def _scores(training: Training) -> dict[str, float]:

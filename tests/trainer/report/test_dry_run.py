@@ -55,6 +55,7 @@ def test_the_table_shows_each_stage_with_and_without_checkpointing() -> None:
     lines = describe_run(plan(checkpointing=True)).splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("Memory of each process"))
     assert "with activation checkpointing" in lines[start]
+    assert "  of tensors alone: the process with its libraries" in lines[start + 4], "what the estimate leaves out"
     assert [line.split()[-2:] for line in lines[start + 2 : start + 4]] == [["3.013", "5.013"], ["2.011", "3.011"]]
 
 

@@ -108,6 +108,9 @@ def test_a_new_run_keeps_the_log_that_lay_there(tmp_path: Path) -> None:
     write(tmp_path, 1, 1)
     assert len(read_log(tmp_path / "log.jsonl").steps) == 1
     assert len(read_log(tmp_path / "log.previous.jsonl").steps) == 3
+    write(tmp_path, 1, 1)
+    kept = [len(read_log(tmp_path / f"log.previous{number}.jsonl").steps) for number in ("", "-2")]
+    assert kept == [3, 1], "a third run takes nothing from the first"
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1]
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from runtime.cli import main
+from runtime.trainer.checkpoint import CheckpointProblem, RunState
+from runtime.trainer.config import ModuleLora
+from runtime.trainer.config_file import as_plain, read_config
+from runtime.trainer.resume import check_same_run
 from tests.trainer.runs.demo import MODEL, Graft, write_config, write_rows
 
 NEWEST = "step-00000006"
@@ -146,10 +151,23 @@ def test_other_settings_are_refused_by_name(graft: Graft, checkpoint: Path, tmp_
     assert all(words in said.messages[0] for words in named), said.messages
 
 
+def test_patterns_in_another_order_are_other_settings(tmp_path: Path, rows: Path) -> None:
+    """The first that fits a module decides, so their order changes ranks and scales."""
+    patterns = {"o_proj": ModuleLora(4, 4.0), "layers.1": ModuleLora(4, 64.0)}
+    before = read_config(write_config(tmp_path / "run.yaml", rows, tmp_path / "out"))
+    before = replace(before, lora=replace(before.lora, patterns=patterns))
+    now = replace(before, lora=replace(before.lora, patterns=dict(reversed(patterns.items()))))
+    kept = RunState(1, json.loads(json.dumps(as_plain(before))), None, {}, {})
+    check_same_run(before, kept)
+    with pytest.raises(CheckpointProblem, match=r"lora.patterns was \{'o_proj'.*, is \{'layers.1'.*set them back"):
+        check_same_run(now, kept)
+
+
 def test_settings_that_change_no_number_may_change(graft: Graft, checkpoint: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "out", moved)
     changes = [f"output={moved}", "micro_batch_rows=2", "save_every=3", "keep_checkpoints=5", "log_every=2"]
+    changes.append("export_dtype=bfloat16")
     said = graft("train", tmp_path / "run.yaml", "--resume", *[f"--set={change}" for change in changes])
     assert said.status == 0, said.err
 
@@ -204,6 +222,6 @@ def test_resuming_without_any_checkpoint_is_refused(graft: Graft, tmp_path: Path
 def test_a_fresh_start_over_checkpoints_is_refused(graft: Graft, checkpoint: Path, tmp_path: Path) -> None:
     said = graft("train", tmp_path / "run.yaml")
     assert (said.status, len(said.messages)) == (1, 1)
-    expected = "holds checkpoints of an earlier run (up to step-00000006): go on with --resume, or choose"
+    expected = "holds checkpoints of an earlier run (up to step-00000006): go on with --resume, choose another output"
     assert expected in said.messages[0]
     assert checkpoint.is_dir()

@@ -23,7 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "options": OPTIONS,
     "patterns": {
         "lora": {
-            "targets": ["all-linear"],
+            "targets": ["all-linear", "lm_head"],
             "rank": 4,
             "rslora": True,
             "patterns": {"o_proj": {"rank": 2, "alpha": 9.0}, "shared_experts": {"rank": 8}},
@@ -50,7 +50,11 @@ def test_an_exported_checkpoint_is_the_adapter_of_its_step(
     own, exported = adapter_tensors(output / "adapter"), adapter_tensors(tmp_path / "exported")
     assert own.keys() == exported.keys()
     for key, tensor in own.items():
+        assert tensor.dtype == exported[key].dtype == torch.float32, "what the run computed in"
         assert torch.equal(tensor, exported[key]), key
+    cards = [(folder / "README.md").read_text() for folder in (output / "adapter", tmp_path / "exported")]
+    tables = [[line for line in card.splitlines() if line.startswith("| ")] for card in cards]
+    assert tables[0] == tables[1] and "| lora.rank | 4 |" in tables[1], "settings and metrics of the run"
     _compare_in_float32(graft, tmp_path, training)
 
 
@@ -67,13 +71,29 @@ def _compare_in_float32(graft: Graft, tmp_path: Path, training: Training) -> Non
     for layer, experts in adapter.experts.items():
         for expert, lora in experts.items():
             pairs = [getattr(lora, projection) for projection in PROJECTIONS]
-            if expert not in exact.experts[layer]:
-                assert all(not bool(pair.b.any()) for pair in pairs), "only what changes nothing is left out"
+            if expert not in exact.experts[layer]:  # the file has it, its reader leaves out what changes nothing
+                assert all(not bool(pair.b.any()) for pair in pairs)
                 continue
             for projection, pair in zip(PROJECTIONS, pairs, strict=True):
                 other = getattr(exact.experts[layer][expert], projection)
                 delta, other_delta = pair.scale * pair.b @ pair.a, other.scale * other.b @ other.a
                 torch.testing.assert_close(other_delta, delta, rtol=1e-6, atol=1e-9)
+
+
+def test_an_adapter_that_is_exported_again_keeps_experts_without_effect(
+    graft: Graft, tmp_path: Path, rows: Path
+) -> None:
+    """Experts that no token reached have an all-zero B; PEFT on transformers 5 wants every expert of a layer."""
+    train(tmp_path, rows, lora={"targets": ["experts"], "rank": 4})
+    adapter, again, few = tmp_path / "out" / "adapter", tmp_path / "again", tmp_path / "few"
+    idle = [key for key, tensor in adapter_tensors(adapter).items() if "lora_B" in key and not tensor.any()]
+    assert idle, "some experts saw no token"
+    assert graft("export", adapter, "--base", MODEL, "--out", again, "--dtype", "float32").status == 0
+    before, after = adapter_tensors(adapter), adapter_tensors(again)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items() if "lora_B" in key)
+    merged = graft("export", adapter, "--base", MODEL, "--out", few, "--merge")
+    assert merged.status == 0 and f"with {(len(before) // 2) - len(idle)} weights changed" in merged.out
 
 
 def test_an_earlier_checkpoint_is_another_adapter(graft: Graft, tmp_path: Path, rows: Path) -> None:

@@ -16,6 +16,7 @@ from runtime.trainer.config import TrainConfig
 from runtime.trainer.config_file import read_config
 from runtime.trainer.model import build_stage
 from runtime.trainer.plan import plan_run, process_memory
+from runtime.trainer.replicas import gradient_norm
 from runtime.trainer.stage import mesh_shape
 from tests.trainer.runs.demo import MODEL, Graft, write_config
 
@@ -24,6 +25,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"tp": 2},
     "PP2": {"pp": 2},
     "EP2": {"dp": 2, "ep": 2},
+    "DP2": {"dp": 2},
+    "TP2xDP2": {"tp": 2, "dp": 2},
     "TP2xPP2": {"tp": 2, "pp": 2},
     "PP2xEP2, 1 + 3 layers": {"pp": 2, "dp": 2, "ep": 2, "layers": [1, 3]},
 }
@@ -73,6 +76,22 @@ def test_the_planned_parameters_of_each_process_are_those_of_its_modules(
         trained = sum(parameter.tensor.numel() for parameter in stage.lora_parameters())
         assert process_memory(plan, mesh.pp.rank, checkpointing=False).master == 4 * trained, rank
         assert tuple(stage.options.layers) == plan.stages[mesh.pp.rank].layers
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_gradient_norm_counts_each_number_of_the_adapter_once(tmp_path: Path, rows: Path, name: str) -> None:
+    """With gradients of one everywhere, its square is the number of trained parameters, summed over all processes."""
+    config = make_config(tmp_path, rows, LAYOUTS[name])
+    base = DeepseekConfig.from_dir(MODEL)
+    shape = mesh_shape(config.parallel)
+    total = 0.0
+    for rank in range(shape.num_processes):
+        mesh = place(shape, rank)
+        parameters = build_stage(config, base, mesh, torch.device("cpu")).lora_parameters()
+        for parameter in parameters:
+            parameter.tensor.grad = torch.ones_like(parameter.tensor)
+        total += gradient_norm(parameters, mesh) ** 2
+    assert total == pytest.approx(sum(tensor.num_parameters for tensor in plan_run(base, config, 40, 20).tensors))
 
 
 @pytest.mark.parametrize("name", ["experts", "all-linear"])

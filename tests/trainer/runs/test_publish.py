@@ -62,13 +62,33 @@ def test_a_name_that_stands_for_another_adapter_is_not_taken_from_it(
     (root / "taken").mkdir()
     status, _, messages = publish(graft, root / "taken", rows, server.admin_address, "taken")
     assert status == 1 and len(messages) == 1
-    assert "'taken'" in messages[0] and "choose another --name" in messages[0]
-    assert "must lie below" not in messages[0]
+    assert messages[0].startswith("graft: nothing was trained, since the name 'taken' stands for another adapter on ")
+    assert "choose another --name, or: graft adapters unload taken" in messages[0]
+    assert not (root / "taken" / "out").exists()
     adapter = server.adapters.GetAdapter(pb.GetAdapterRequest(name="adapters/taken"), timeout=10).adapter
     assert adapter.source_path == "date-iso"
 
 
-def test_a_server_that_is_gone_is_named_and_the_adapter_stays(graft: Graft, tmp_path: Path, rows: Path) -> None:
+@pytest.mark.parametrize(
+    ("address", "name", "words"),
+    [
+        ("127.0.0.1:1", "mine", "could not be published: no server answers at 127.0.0.1:1; check --publish and --name"),
+        ("127.0.0.1:1", "0.5*a+b", "--name '0.5*a+b' must match "),
+        ("127.0.0.1:1", "mine@3", "--name 'mine@3' must match "),
+    ],
+)
+def test_a_server_or_a_name_that_cannot_be_is_told_before_anything_is_trained(
+    graft: Graft, tmp_path: Path, rows: Path, address: str, name: str, words: str
+) -> None:
+    status, _, messages = publish(graft, tmp_path, rows, address, name)
+    assert status == 1 and len(messages) == 1 and words in messages[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_server_that_goes_while_a_run_trains_is_named_and_the_adapter_stays(
+    graft: Graft, tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.commands.publish.check_can_publish", lambda address, name: None)
     status, _, messages = publish(graft, tmp_path, rows, "127.0.0.1:1", "mine")
     assert status == 1 and len(messages) == 1
     assert "was trained, but not published: no server answers at 127.0.0.1:1" in messages[0]
