@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from runtime.adapters.compaction import Compaction
 from runtime.adapters.device_pages import DevicePages
 from runtime.adapters.record import AdapterRecord
 
@@ -34,6 +35,7 @@ class DeviceTier:
         self.pages = pages
         self.max_bytes = max_bytes
         self.counts = TierCounts()
+        self.compaction = Compaction(pages)
         self._cycle_seconds = cycle_seconds
         self._on_change = on_change
         self._free_slots = list(range(pages.max_slots - 1, -1, -1))
@@ -84,8 +86,10 @@ class DeviceTier:
         for victim in victims:
             self.evict(victim)
         self.unwant(record)
-        record.slot = self._free_slots.pop()
-        self._installing.append((record, self.pages.install(record.slot, record.host)))
+        record.slot = self.pages.best_slot(self._free_slots, record.host)
+        self._free_slots.remove(record.slot)
+        self._installing.append((record, self.pages.install(record.slot, record.host, self.max_bytes)))
+        self.compaction.stop()
         return True
 
     def advance(self) -> tuple[AdapterRecord, Exception | None] | None:
@@ -98,6 +102,7 @@ class DeviceTier:
             self.remove(record)
             return record, error
         self._installing.pop(0)
+        self.compaction.note()
         self._resident.add(record)
         record.is_resident, record.has_run = True, False
         record.resident_since = time.monotonic()
@@ -127,7 +132,7 @@ class DeviceTier:
         self._on_change(record)
 
     def remove(self, record: AdapterRecord) -> int:
-        """Free slot and pages and forget that it is wanted; returns how many bytes of pages came back."""
+        """Free slot and pages and forget that it is wanted; returns the bytes of its pages: free for others at once."""
         self.unwant(record)
         if not self.holds(record):
             return 0
@@ -138,6 +143,7 @@ class DeviceTier:
         self._free_slots.append(record.slot)
         record.slot = -1
         record.is_resident = record.is_yielding = False
+        self.compaction.note()
         return before - self.pages.num_bytes
 
     def _seated(self) -> list[AdapterRecord]:
@@ -164,9 +170,7 @@ class DeviceTier:
         """
         num_yielding = sum(record.is_yielding for record in self._resident)
         due = time.monotonic() - self._cycle_seconds
-        staying = [
-            record for record in self._resident if record.has_run and not (record.is_yielding or record.pinned)
-        ]
+        staying = [record for record in self._resident if record.has_run and not (record.is_yielding or record.pinned)]
         for record in sorted(staying, key=lambda record: record.resident_since):
             if num_yielding >= len(self._wanted) or record.resident_since > due:
                 break

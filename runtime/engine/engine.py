@@ -76,6 +76,8 @@ class Engine:
             return True
         if self.adapters.has_work or self.guides.has_news:
             return True
+        if self.adapters.can_compact and not self.scheduler.is_running:
+            return True
         return time.time() >= self._next_deadline
 
     def wait_for_work(self, timeout_seconds: float) -> bool:

@@ -56,6 +56,7 @@ def start(
         int(config.adapter_memory_gib * 2**30),
         int((config.adapter_host_memory_gib or 2 * config.adapter_memory_gib) * 2**30),
         config.adapter_cycle_seconds,
+        max_copy_bytes=ops.max_copy_bytes,
     )
     adapters = AdapterStore(model_config.adapter_targets(), limits, device, dtype, wake, FactorLayout.of(ops))
     runner = Runner(model, adapters.pages, num_blocks, config.kv_block_tokens)

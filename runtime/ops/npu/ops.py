@@ -22,6 +22,7 @@ class NpuOps(Ops):
     lora_a_rows_first = True  # so that a product with A reads long rows
     max_block_numbers = 2**27  # 256 MiB of keys and values: 3,276 of them for 128 heads
     holds_scores = False
+    max_copy_bytes = 128 * 2**20
 
     def grouped_matmul(self, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:
         """See `Ops.grouped_matmul`."""
