@@ -131,6 +131,7 @@ class Engine:
             prompt_tokens=self._num_prompt_tokens,
             adapters_resident=self.adapters.num_resident,
             adapter_device_bytes=self.adapters.pages.num_bytes,
+            adapter_vacant_bytes=self.adapters.pages.vacant_bytes,
             adapter_host_bytes=self.adapters.host_bytes,
             iteration_tokens=iteration_tokens,
             estimated_wait_seconds=self.scheduler.estimated_wait_seconds(),

@@ -43,11 +43,13 @@ class StoreDriver:
 
     def __init__(
         self, base_dir: Path, *, max_adapters: int = 8, max_bytes: int = ROOMY, max_host_bytes: int = ROOMY,
-        cycle_seconds: float = 1e9,
+        cycle_seconds: float = 1e9, max_copy_bytes: int = 8 * 2**20,
     ) -> None:  # fmt: skip
         targets = DeepseekConfig.from_dir(base_dir).adapter_targets()
         self.woken = threading.Event()
-        limits = StoreLimits(max_adapters, 128, max_bytes, max_host_bytes, cycle_seconds)
+        limits = StoreLimits(
+            max_adapters, 128, max_bytes, max_host_bytes, cycle_seconds, max_copy_bytes=max_copy_bytes
+        )
         self.store = AdapterStore(targets, limits, torch.device("cpu"), torch.float32, self.woken.set)
         self.replies: list[AdapterInfo | GraftError] = []
         self.changes: list[tuple[str, int, str, int]] = []
