@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 
@@ -12,10 +13,15 @@ from runtime.adapters.page_pool import HostPages, PagePool
 
 # By padded rank: the pools of one module or layer.
 Pools = dict[int, PagePool]
+# Pools, pages that belong into one of them, and how many regions it has.
+Home = tuple[Pools, HostPages, int]
 
 
 class DevicePages:
-    """Pools of the dense modules by name and of the routed experts by layer.
+    """Pools of the dense modules by name, and of the routed experts by layer.
+
+    Of adapters whose outer factors are shared by a layer's experts, `inner` has the pools of the others and `outer`
+    those of the shared ones, which have one region.
 
     What is copied between two steps is at most `max_copy_bytes`, or one page of one factor.
     """
@@ -23,6 +29,8 @@ class DevicePages:
     def __init__(self, num_experts: int, max_slots: int, device: torch.device, max_copy_bytes: int = 8 * 2**20) -> None:
         self.linears: dict[str, Pools] = {}
         self.experts: dict[int, Pools] = {}
+        self.inner: dict[int, Pools] = {}
+        self.outer: dict[int, Pools] = {}
         self.max_slots = max_slots
         self._num_experts = num_experts
         self._device = device
@@ -46,9 +54,7 @@ class DevicePages:
         """
         served = dict.fromkeys(reversed(free_slots), 0)
         left = dict.fromkeys(free_slots, 0)
-        wanted = [(self.experts.get(layer, {}), pages) for layer, by in adapter.experts.items() for pages in by]
-        wanted += [(self.linears.get(name, {}), pages) for name, pages in adapter.linears.items()]
-        for pools, pages in wanted:
+        for pools, pages, _ in chain.from_iterable(self._homes(adapter)):
             pool = pools.get(pages.lora_rank)
             if pool is not None and pool.vacant_bytes:
                 for slot in pool.slots_that_hold(free_slots, pages):
@@ -64,18 +70,9 @@ class DevicePages:
         No row of a batch may use the slot before the iterator is exhausted. Vacant pages are given back first where
         all pages together would take more than `max_bytes` with the new ones.
         """
-        for layer, by_rank in adapter.experts.items():
-            pools = self.experts.setdefault(layer, {})
-            yield from self._paced(
-                each for pages in by_rank for each in self._insert(pools, slot, pages, self._num_experts, max_bytes)
-            )
+        for homes in self._homes(adapter):
+            yield from self._paced(each for home in homes for each in self._insert(home, slot, max_bytes))
             yield
-        yield from self._paced(
-            each
-            for name, pages in adapter.linears.items()
-            for each in self._insert(self.linears.setdefault(name, {}), slot, pages, 1, max_bytes)
-        )
-        yield
 
     def remove(self, slot: int) -> None:
         """Leave every page of a slot vacant; nothing is copied."""
@@ -88,7 +85,20 @@ class DevicePages:
         """Give all vacant pages back to the device's allocator, yielding after each piece as `install` does."""
         yield from self._paced(self._compacting(0))
 
-    def _insert(self, pools: Pools, slot: int, pages: HostPages, num_regions: int, max_bytes: float) -> Iterator[int]:
+    def _homes(self, adapter: HostAdapter) -> list[list[Home]]:
+        """Layer by layer, and then the linear modules: pools, the pages that belong there, and how many regions."""
+        layers: list[list[Home]] = [
+            [(self.experts.setdefault(layer, {}), pages, self._num_experts) for pages in by_rank]
+            for layer, by_rank in adapter.experts.items()
+        ]
+        for layer, own in adapter.shared_outer.items():
+            outer, inner = self.outer.setdefault(layer, {}), self.inner.setdefault(layer, {})
+            layers.append([(outer, own.outer, 1), (inner, own.inner, self._num_experts)])
+        linears = [(self.linears.setdefault(name, {}), pages, 1) for name, pages in adapter.linears.items()]
+        return [*layers, linears]
+
+    def _insert(self, home: Home, slot: int, max_bytes: float) -> Iterator[int]:
+        pools, pages, num_regions = home
         rank = pages.lora_rank
         while rank not in pools or slot not in pools[rank].slots:
             pool = pools.get(rank) or PagePool(pages, num_regions, self.max_slots, self._device)
@@ -130,7 +140,7 @@ class DevicePages:
         return self._totals
 
     def _groups(self) -> list[Pools]:
-        return [*self.linears.values(), *self.experts.values()]
+        return [*self.linears.values(), *self.experts.values(), *self.inner.values(), *self.outer.values()]
 
     def _pools(self) -> list[PagePool]:
         return [pool for pools in self._groups() for pool in pools.values()]

@@ -119,7 +119,7 @@ class AdapterReader:
         reads: list[ReadAdapter] = []
         for _, part in source.parts:
             reads.append(self._read_part(part))
-            num_bytes = sum(read.host.num_bytes for read in reads)
+            num_bytes = sum(read.host.expanded().num_bytes for read in reads)
             if num_bytes > self._limits.max_sum_bytes:
                 message = (
                     f"adapter {name!r} takes {num_bytes} bytes on the device or more, beyond the "
@@ -162,18 +162,14 @@ def as_changed(label: str, error: GraftError) -> GraftError:
 
 def _facts(host: HostAdapter, tensor_bytes: int, warnings: Sequence[str]) -> AdapterFacts:
     leaves = {name.rsplit(".", 1)[-1] for name in host.linears}
-    ranks = [pages.lora_rank for layer in host.experts.values() for pages in layer]
-    ranks += [pages.lora_rank for pages in host.linears.values()]
+    ranks = [pages.lora_rank for pages in host.all_pages()]
     return AdapterFacts(
         lora_rank_max=max(ranks, default=0),
         num_expert_pages=host.num_expert_pages,
-        target_modules=sorted(leaves) + (["experts"] if host.experts else []),
+        target_modules=sorted(leaves) + (["experts"] if host.num_expert_pages else []),
         tensor_bytes=tensor_bytes,
         device_bytes=host.num_bytes,
-        layers=[
-            LayerCoverage(layer, sum(len(pages.regions) for pages in by_rank))
-            for layer, by_rank in sorted(host.experts.items())
-        ],
+        layers=[LayerCoverage(layer, count) for layer, count in host.experts_of_layers.items()],
         warnings=printable(warnings),
     )
 
