@@ -18,9 +18,6 @@ from runtime.ops.base import Ops
 from runtime.ops.lora_rows import LoraRows
 from runtime.ops.routing import SortedRows
 
-# A device may take no more groups than these at once.
-MAX_PAGES_OF_A_PRODUCT = 1024
-
 
 @dataclass
 class SharedOuterDeltas:
@@ -57,16 +54,12 @@ class SharedOuterDeltas:
 
 def paged_matmul(ops: Ops, x_MK: Tensor, weight_PKN: Tensor, rows: LoraRows) -> Tensor:
     """Each row times its page's weight, [M, N]; zeros for rows without a page. Weights are finite."""
-    y_MN = None
-    for first in range(0, rows.num_pages, MAX_PAGES_OF_A_PRODUCT):
-        pages = slice(first, min(first + MAX_PAGES_OF_A_PRODUCT, rows.num_pages))
-        ends_P, without_M1 = rows.part(pages, x_MK.shape[0])
-        counts_P = torch.diff(ends_P, prepend=ends_P.new_zeros(1))
-        narrows = weight_PKN.shape[2] < weight_PKN.shape[1]
-        # Replaced on the narrower side, and not multiplied by zero: a product with another's page may overflow.
-        x = x_MK if narrows or without_M1 is None else x_MK.masked_fill(without_M1, 0)
-        product_MN = ops.grouped_matmul(x, weight_PKN[pages][:, None], counts_P)
-        if narrows and without_M1 is not None:
-            product_MN.masked_fill_(without_M1, 0)
-        y_MN = product_MN if y_MN is None else y_MN.add_(product_MN)
-    return x_MK.new_zeros(x_MK.shape[0], weight_PKN.shape[2]) if y_MN is None else y_MN
+    counts_P = torch.diff(rows.ends_P, prepend=rows.ends_P.new_zeros(1))
+    narrows = weight_PKN.shape[2] < weight_PKN.shape[1]
+    # Replaced on the narrower side, and not multiplied by zero: a product with another's page may overflow.
+    if rows.without_page_M1 is not None and not narrows:
+        x_MK = x_MK.masked_fill(rows.without_page_M1, 0)
+    y_MN = ops.grouped_matmul(x_MK, weight_PKN[:, None], counts_P)
+    if rows.without_page_M1 is not None and narrows:
+        y_MN.masked_fill_(rows.without_page_M1, 0)
+    return y_MN
