@@ -3,7 +3,8 @@
 w1 B1 A1 + w2 B2 A2 = [w1 B1, w2 B2] [A1; A2]: A is stacked along the rank, the weighted B stand beside each other. This
 is done for each module and each expert by itself, so a sum takes exactly the bytes that its parts take: an expert that
 only one part adapts has that part's rank. B, which each part holds rounded to the device's type, is multiplied by its
-weight in float32 and rounded once more; weights of 1 and -1 round nothing.
+weight in float32 and rounded once more; weights of 1 and -1 round nothing. Outer
+factors that a part has once for all experts of a layer stand in the sum once for each.
 
 Shape suffixes: P pages of a pool, R rank, N outputs; a factor A is seen as [P, R, sides, inputs].
 """
@@ -35,6 +36,7 @@ def compose(parts: Sequence[tuple[float, HostAdapter]], max_lora_rank: int) -> H
 
     Raises AdapterError if a module's joined rank is above `max_lora_rank` or a weighted factor is not finite.
     """
+    parts = [(weight, adapter.expanded()) for weight, adapter in parts]
     ranks = _joined_ranks([adapter for _, adapter in parts])
     name, rank = max(ranks.items(), key=lambda item: item[1], default=("", 0))
     if rank > max_lora_rank:

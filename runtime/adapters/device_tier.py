@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from runtime.adapters.compaction import Compaction
 from runtime.adapters.device_pages import DevicePages
 from runtime.adapters.record import AdapterRecord
 
@@ -62,6 +63,7 @@ class DeviceTier:
         self.pages = pages
         self.max_bytes = max_bytes
         self.counts = TierCounts()
+        self.compaction = Compaction(pages)
         self._cycle_seconds = cycle_seconds
         self._passing_seconds = passing_seconds
         self._on_change = on_change
@@ -113,9 +115,11 @@ class DeviceTier:
         for victim in victims:
             self.evict(victim)
         self.unwant(record)
-        record.slot = self._free_slots.pop()
+        record.slot = self.pages.best_slot(self._free_slots, record.host)
+        self._free_slots.remove(record.slot)
         record.seated_since = time.monotonic()
-        self._installing.append((record, self.pages.install(record.slot, record.host)))
+        self._installing.append((record, self.pages.install(record.slot, record.host, self.max_bytes)))
+        self.compaction.stop()
         return True
 
     def advance(self) -> tuple[AdapterRecord, Exception | None] | None:
@@ -128,6 +132,7 @@ class DeviceTier:
             self.remove(record)
             return record, error
         self._installing.pop(0)
+        self.compaction.note()
         self._resident.add(record)
         record.is_resident, record.has_run = True, False
         record.resident_since = time.monotonic()
@@ -157,7 +162,7 @@ class DeviceTier:
         self._on_change(record)
 
     def remove(self, record: AdapterRecord) -> int:
-        """Free slot and pages and forget that it is wanted; returns how many bytes of pages came back."""
+        """Free slot and pages and forget that it is wanted; returns the bytes of its pages: free for others at once."""
         self.unwant(record)
         if not self.holds(record):
             return 0
@@ -168,6 +173,7 @@ class DeviceTier:
         self._free_slots.append(record.slot)
         record.slot = -1
         record.is_resident = record.is_yielding = False
+        self.compaction.note()
         return before - self.pages.num_bytes
 
     def _next_to_seat(self) -> AdapterRecord | None:

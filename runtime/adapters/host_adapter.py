@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -45,20 +45,46 @@ class FactorLayout:
 
 
 @dataclass(frozen=True)
-class HostAdapter:
-    """Pages per linear module, and per MoE layer one HostPages for each padded rank in use.
+class SharedOuterPages:
+    """A layer of which the outer factors are one for all experts, of one padded rank.
 
-    An ESFT adapter has neither, but `replaced` experts by layer.
+    `outer`: one page with a13 [1, H, 2R] (gate, then up) and b2 [1, R, H]. `inner`: a page for each expert with b_gate
+    and b_up [n, R, I] and a2 [n, I, R].
+    """
+
+    outer: HostPages
+    inner: HostPages
+
+    def expanded(self) -> HostPages:
+        """As pages that have all factors for each expert; the outer ones are views."""
+        count = len(self.inner.regions)
+        outer = {name: tensor.expand(count, -1, -1) for name, tensor in self.outer.factors.items()}
+        return HostPages(
+            self.inner.lora_rank, self.inner.regions, {**outer, **self.inner.factors}, self.inner.a_rows_first
+        )
+
+
+@dataclass(frozen=True)
+class HostAdapter:
+    """Pages per linear module, and per MoE layer one HostPages for each padded rank in use, or shared outer factors.
+
+    An ESFT adapter has none of these, but `replaced` experts by layer.
     """
 
     linears: Mapping[str, HostPages]
     experts: Mapping[int, list[HostPages]]
+    shared_outer: Mapping[int, SharedOuterPages] = field(default_factory=dict)
     replaced: Mapping[int, LayerReplacement] = field(default_factory=dict)
+
+    def all_pages(self) -> list[HostPages]:
+        """Of all modules and layers."""
+        shared = [pages for layer in self.shared_outer.values() for pages in (layer.outer, layer.inner)]
+        return [*self.linears.values(), *(pages for layer in self.experts.values() for pages in layer), *shared]
 
     @property
     def num_bytes(self) -> int:
         """Bytes that this adapter takes on the device."""
-        return sum(pages.num_bytes for pages in self.linears.values()) + self.expert_bytes + self.replaced_bytes
+        return sum(pages.num_bytes for pages in self.all_pages()) + self.replaced_bytes
 
     @property
     def replaced_bytes(self) -> int:
@@ -66,15 +92,22 @@ class HostAdapter:
         return sum(replacement.num_bytes for replacement in self.replaced.values())
 
     @property
-    def expert_bytes(self) -> int:
-        """Bytes of its expert pages alone."""
-        return sum(pages.num_bytes for layer in self.experts.values() for pages in layer)
+    def experts_of_layers(self) -> dict[int, int]:
+        """How many experts of each layer it adapts or replaces."""
+        counts = {layer: sum(len(pages.regions) for pages in by_rank) for layer, by_rank in self.experts.items()}
+        counts |= {layer: len(own.inner.regions) for layer, own in self.shared_outer.items()}
+        counts |= {layer: len(replacement.experts) for layer, replacement in self.replaced.items()}
+        return dict(sorted(counts.items()))
 
     @property
     def num_expert_pages(self) -> int:
         """Number of (layer, expert) pairs that it adapts or replaces."""
-        num_replaced = sum(len(replacement.experts) for replacement in self.replaced.values())
-        return num_replaced + sum(len(pages.regions) for layer in self.experts.values() for pages in layer)
+        return sum(self.experts_of_layers.values())
+
+    def expanded(self) -> HostAdapter:
+        """The same adapter with all factors for each expert; those that are shared are views."""
+        experts = {**self.experts, **{layer: [own.expanded()] for layer, own in self.shared_outer.items()}}
+        return replace(self, experts=dict(sorted(experts.items())), shared_outer={})
 
 
 def to_host_adapter(
@@ -85,14 +118,18 @@ def to_host_adapter(
     Raises AdapterError if a factor is not finite then.
     """
     linears = {name: _linear_pages(pair, dtype, layout) for name, pair in weights.linears.items()}
-    experts = {}
+    experts, shared_outer = {}, {}
     for layer, by_expert in weights.experts.items():
+        if _has_shared_outer_factors(by_expert):
+            shared_outer[layer] = _shared_outer_pages(by_expert, dtype, layout)
+            continue
         by_rank: dict[int, dict[int, ExpertLora]] = {}
         for index, expert in sorted(by_expert.items()):
             by_rank.setdefault(layout.padded_rank(_rank(expert)), {})[index] = expert
         experts[layer] = [_expert_pages(rank, group, dtype, layout) for rank, group in sorted(by_rank.items())]
-    require_finite(linears, experts)
-    return HostAdapter(linears, experts)
+    shared = {layer: [own.outer, own.inner] for layer, own in shared_outer.items()}
+    require_finite(linears, {**experts, **shared})
+    return HostAdapter(linears, experts, shared_outer)
 
 
 def require_finite(linears: Mapping[str, HostPages], experts: Mapping[int, Sequence[HostPages]]) -> None:
@@ -141,6 +178,43 @@ def _expert_pages(
         _write_pair(expert.up, a_up, bs["b_up"][page])
         _write_pair(expert.down, a2[page], bs["b2"][page])
     return HostPages(rank, list(experts), {"a13": stored_a13, "a2": stored_a2, **bs}, layout.a_rows_first)
+
+
+def _has_shared_outer_factors(experts: Mapping[int, ExpertLora]) -> bool:
+    """Whether A of gate and up and B of down, with its scale, are each one tensor for all experts that have them."""
+
+    def is_one(outer: Iterable[tuple[Tensor, float] | None]) -> bool:
+        return len({(id(found[0]), found[1]) if found else None for found in outer} - {None}) <= 1
+
+    pairs = [(expert.gate, expert.up, expert.down) for expert in experts.values()]
+    if not all(
+        (gate is None or gate.a_is_shared) and (up is None or up.a_is_shared) and (down is None or down.b_is_shared)
+        for gate, up, down in pairs
+    ):
+        return False
+    gates, ups, downs = zip(*pairs, strict=True)
+    is_one_a = all(is_one((pair.a, 1.0) if pair else None for pair in side) for side in (gates, ups))
+    return is_one_a and is_one((pair.b, pair.scale) if pair else None for pair in downs)
+
+
+def _shared_outer_pages(
+    by_expert: Mapping[int, ExpertLora], dtype: torch.dtype, layout: FactorLayout
+) -> SharedOuterPages:
+    experts = dict(sorted(by_expert.items()))
+    rank = layout.padded_rank(max(map(_rank, experts.values())))
+    hidden, width = _expert_widths(experts)
+    stored_a13, a13 = layout.new_a(1, hidden, 2 * rank, dtype)
+    a_gate, a_up = a13[0].split(rank, dim=1)
+    b2 = torch.zeros(1, rank, hidden, dtype=dtype)
+    stored_a2, a2 = layout.new_a(len(experts), width, rank, dtype)
+    bs = {name: torch.zeros(len(experts), rank, width, dtype=dtype) for name in ("b_gate", "b_up")}
+    for page, expert in enumerate(experts.values()):
+        # The shared halves are written once more for each expert, with the same numbers.
+        _write_pair(expert.gate, a_gate, bs["b_gate"][page])
+        _write_pair(expert.up, a_up, bs["b_up"][page])
+        _write_pair(expert.down, a2[page], b2[0])
+    outer = HostPages(rank, [0], {"a13": stored_a13, "b2": b2}, layout.a_rows_first)
+    return SharedOuterPages(outer, HostPages(rank, list(experts), {"a2": stored_a2, **bs}, layout.a_rows_first))
 
 
 def _write_pair(pair: LoraPair | None, a_KR: Tensor, b_RN: Tensor) -> None:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from runtime.adapters.device_pages import DevicePages
-from runtime.adapters.page_pool import NO_PAGE, PagePool
+from runtime.adapters.page_places import NO_PAGE
+from runtime.adapters.page_pool import PagePool
+from runtime.adapters.shared_outer import SharedOuterDeltas
 from runtime.ops.base import Ops
 from runtime.ops.lora_rows import LoraRows
 from runtime.ops.routing import SortedRows
@@ -95,7 +97,7 @@ class LoraPlan:
         keys_of_expert = len(self._active) + 1
         return torch.add(self._places_T1, experts_TE, alpha=keys_of_expert), keys_of_expert
 
-    def expert_deltas(self, layer: int, keys_TE: Tensor, rows: SortedRows) -> PagedExpertDeltas:
+    def expert_deltas(self, layer: int, keys_TE: Tensor, rows: SortedRows, x_TH: Tensor) -> PagedExpertDeltas:
         """See StepLora."""
         pools = self._active_pools(self._pages.experts.get(layer, {}).values())
 
@@ -103,7 +105,14 @@ class LoraPlan:
         def keys_M() -> Tensor:
             return keys_TE.flatten().index_select(0, rows.order_M)
 
-        return PagedExpertDeltas(self._ops, [(pool, self._expert_rows(pool, keys_M, rows)) for pool in pools])
+        shared = []
+        for inner in self._active_pools(self._pages.inner.get(layer, {}).values()):
+            outer = self._pages.outer[layer][inner.lora_rank]
+            routed = self._expert_rows(inner, keys_M, rows)
+            tokens = self._linear_rows(outer)
+            shared.append(SharedOuterDeltas(self._ops, outer, tokens, inner, routed, x_TH, rows))
+        paged = [(pool, self._expert_rows(pool, keys_M, rows)) for pool in pools]
+        return PagedExpertDeltas(self._ops, paged, shared)
 
     def _expert_rows(self, pool: PagePool, keys_M: Callable[[], Tensor], rows: SortedRows) -> LoraRows:
         num_keys = rows.counts_G.shape[0]
@@ -192,17 +201,29 @@ class LoraPlan:
 class PagedExpertDeltas:
     """Implements `layers.lora_site.ExpertDeltas`: for each pool in use the page of every routed row."""
 
-    def __init__(self, ops: Ops, rows_of_pools: list[tuple[PagePool, LoraRows]]) -> None:
+    def __init__(
+        self, ops: Ops, rows_of_pools: list[tuple[PagePool, LoraRows]], shared: list[SharedOuterDeltas]
+    ) -> None:
         self._ops = ops
         self._rows_of_pools = rows_of_pools
+        self._shared = shared
 
     def add_gate_up_(self, y_MN: Tensor, x_MK: Tensor) -> None:
         """See ExpertDeltas."""
         for pool, rows in self._rows_of_pools:
             bs_PRN = (pool.factor("b_gate"), pool.factor("b_up"))
             self._ops.lora_add_(y_MN, x_MK, pool.factor("a13"), bs_PRN, rows)
+        for deltas in self._shared:
+            deltas.add_gate_up_(y_MN)
 
     def add_down_(self, y_MN: Tensor, x_MK: Tensor) -> None:
         """See ExpertDeltas."""
         for pool, rows in self._rows_of_pools:
             self._ops.lora_add_(y_MN, x_MK, pool.factor("a2"), (pool.factor("b2"),), rows)
+        for deltas in self._shared:
+            deltas.shrink_down(x_MK)
+
+    def add_combined_(self, y_TH: Tensor, weights_TE: Tensor) -> None:
+        """See ExpertDeltas."""
+        for deltas in self._shared:
+            deltas.add_combined_(y_TH, weights_TE)

@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-import torch
-
+from runtime.adapters.compaction import is_out_of_memory
 from runtime.adapters.device_tier import DeviceTier
 from runtime.adapters.host_tier import HostTier
 from runtime.adapters.info import AdapterState
@@ -48,6 +47,8 @@ class AdapterMemory:
     def has_work(self) -> bool:
         """Whether `advance` would do anything."""
         if self.device.is_installing or self.reader.has_news or self.device.can_seat:
+            return True
+        if time.monotonic() >= self.device.compaction.due:
             return True
         return self._parked is not None and self._can_unpark(self._parked)
 
@@ -94,7 +95,7 @@ class AdapterMemory:
         return True
 
     def advance(self, *, whole: bool) -> None:
-        """Between two steps: take finished reads, give out places, copy one layer (all of them if `whole`)."""
+        """Between two steps: take finished reads, give out places, and copy or compact a piece (all if `whole`)."""
         self.reader.deliver()
         self.device.seat_wanted()
         if self._parked is not None and self._can_unpark(self._parked):
@@ -105,6 +106,7 @@ class AdapterMemory:
                 self._seated(*finished)
             elif not whole:
                 return
+        self.device.compaction.advance(whole=whole)
 
     def release(self, record: AdapterRecord) -> None:
         """No request holds it any more, so it needs no place."""
@@ -196,7 +198,7 @@ class AdapterMemory:
         on_seated = self._on_seated.pop(record, None)
         refusal = None
         if error is not None:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise error
             logger.error("adapter %r could not be copied to the device", record.label, exc_info=error)
             message = f"the device has no room for adapter {record.name!r} ({record.facts.device_bytes} bytes)"
@@ -217,8 +219,3 @@ def _note_digests(record: AdapterRecord, read: ReadAdapter) -> None:
             raise Precondition(message, reason="ADAPTER_FILES_CHANGED")
     for each, digest in read_records:
         each.digest = digest
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """The CPU's allocator has no class of its own for it."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -113,7 +113,7 @@ class AdapterReader:
         if is_esft(path):
             replacement, replaced = read_replacement(path, self._targets, limits.spare, self._dtype)
             _require_digest(name, source.digest, replacement.digest)
-            host = HostAdapter({}, {}, replaced)
+            host = HostAdapter({}, {}, replaced=replaced)
             facts = _facts(host, replacement.num_bytes, ())
             return ReadAdapter(replacement.digest, host, facts, time.monotonic() - started)
         weights = load_adapter(
@@ -135,7 +135,7 @@ class AdapterReader:
                     "it cannot be a part of a sum, name it alone"
                 )
                 raise Precondition(message, reason="ADAPTER_REFUSED", field="adapter_id")
-            num_bytes = sum(read.host.num_bytes for read in reads)
+            num_bytes = sum(read.host.expanded().num_bytes for read in reads)
             if num_bytes > self._limits.max_sum_bytes:
                 message = (
                     f"adapter {name!r} takes {num_bytes} bytes on the device or more, beyond the "
@@ -185,16 +185,15 @@ def as_changed(label: str, error: GraftError) -> GraftError:
 def _facts(host: HostAdapter, tensor_bytes: int, warnings: Sequence[str]) -> AdapterFacts:
     leaves = {name.rsplit(".", 1)[-1] for name in host.linears}
     replaced = {layer: len(replacement.experts) for layer, replacement in host.replaced.items()}
-    num_experts = {layer: sum(len(pages.regions) for pages in by_rank) for layer, by_rank in host.experts.items()}
-    ranks = [pages.lora_rank for layer in host.experts.values() for pages in layer]
-    ranks += [pages.lora_rank for pages in host.linears.values()]
+    adapts_experts = bool(host.experts or host.shared_outer)
+    ranks = [pages.lora_rank for pages in host.all_pages()]
     return AdapterFacts(
         lora_rank_max=max(ranks, default=0),
         num_expert_pages=host.num_expert_pages,
-        target_modules=sorted(leaves) + ["experts"] * bool(host.experts) + ["replaced_experts"] * bool(replaced),
+        target_modules=sorted(leaves) + ["experts"] * adapts_experts + ["replaced_experts"] * bool(replaced),
         tensor_bytes=tensor_bytes,
         device_bytes=host.num_bytes,
-        layers=[LayerCoverage(layer, count) for layer, count in sorted((num_experts | replaced).items())],
+        layers=[LayerCoverage(layer, count) for layer, count in host.experts_of_layers.items()],
         warnings=printable(warnings),
         replaced=replaced,
         replaced_bytes=host.replaced_bytes,

@@ -53,23 +53,22 @@ class SpareExperts:
         """Whether a slot has groups in one of these layers."""
         return any(slot in self._layers[layer].slots for layer in layers if layer in self._layers)
 
-    def allocate(self, slot: int, adapter: Mapping[int, LayerReplacement]) -> int:
-        """Take groups for an adapter, for which there is room; returns the bytes that it takes from now on."""
+    def allocate(self, slot: int, adapter: Mapping[int, LayerReplacement]) -> None:
+        """Take groups for an adapter, for which there is room."""
         for layer, replacement in adapter.items():
             self._layers[layer].allocate(slot, replacement.experts)
         self._bytes_of_slot[slot] = sum(replacement.num_bytes for replacement in adapter.values())
-        return self._bytes_of_slot[slot]
 
     def install(self, slot: int, adapter: Mapping[int, LayerReplacement]) -> Iterator[None]:
         """Copy the adapter's experts into its groups, yielding after each so that steps can run in between."""
         for layer, replacement in adapter.items():
             yield from self._layers[layer].install(slot, replacement)
 
-    def free(self, slot: int) -> int:
-        """Give a slot's groups back, if it has any; returns how many bytes they held."""
+    def free(self, slot: int) -> None:
+        """Give a slot's groups back, if it has any."""
         for layer in self._layers.values():
             layer.free(slot)
-        return self._bytes_of_slot.pop(slot, 0)
+        self._bytes_of_slot.pop(slot, None)
 
     def groups_of(self, layer: int, slots: Collection[int]) -> Tensor | None:
         """[slots + 1, E] (int32), flat: the group of each expert by slot + 1, row 0 is the base's.

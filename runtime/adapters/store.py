@@ -36,7 +36,8 @@ MAX_JOINED_RANK = 512
 class StoreLimits:
     """Bounds of the store. `cycle_seconds`: how long an adapter may keep its place while others wait for one.
 
-    `max_lora_rank` is that of an adapter's files; a weighted sum of adapters may have `max_joined_rank`.
+    `max_lora_rank` is that of an adapter's files; a weighted sum of adapters may have `max_joined_rank`. At most
+    `max_copy_bytes` of pages are copied between two steps.
     """
 
     max_adapters: int
@@ -46,6 +47,7 @@ class StoreLimits:
     cycle_seconds: float = math.inf
     max_names: int = MAX_NAMES
     max_joined_rank: int = MAX_JOINED_RANK
+    max_copy_bytes: int = 8 * 2**20
 
 
 class AdapterStore:
@@ -66,7 +68,7 @@ class AdapterStore:
     ) -> None:
         """`spare`: the base's expert groups by layer, if there are groups after them for experts of ESFT adapters."""
         num_experts = max((shape.num_experts for shape in targets.experts.values()), default=0)
-        self.pages = DevicePages(num_experts, limits.max_adapters, device, spare)
+        self.pages = DevicePages(num_experts, limits.max_adapters, device, limits.max_copy_bytes, spare)
         self.registry = AdapterRegistry(limits.max_names)
         self.on_change: Callable[[AdapterInfo], None] = _ignore
         self.have_left = False  # an adapter left the device, or has to: sequences may have to wait for it again
@@ -194,7 +196,7 @@ class AdapterStore:
             self._sums.follow(record)
 
     def advance(self, *, whole: bool) -> None:
-        """Between two steps: take finished reads, give out places, copy one layer (all of them if `whole`)."""
+        """Between two steps: take finished reads, give out places, and copy or compact a piece (all if `whole`)."""
         self.memory.advance(whole=whole)
         self._drains.end_overdue(time.monotonic())
 
@@ -229,9 +231,14 @@ class AdapterStore:
         return self.memory.has_work or time.monotonic() >= self.next_due
 
     @property
+    def can_compact(self) -> bool:
+        """Whether `advance` would give vacant pages back if it is asked to do all at once."""
+        return self.memory.device.compaction.can_run
+
+    @property
     def next_due(self) -> float:
-        """When somebody has waited long enough for a drain, on the monotonic clock; infinity if nobody waits."""
-        return self._drains.next_due
+        """When a drain or vacant pages have waited long enough, on the monotonic clock; infinity if nothing waits."""
+        return min(self._drains.next_due, self.memory.device.compaction.due)
 
     @property
     def num_resident(self) -> int:

@@ -107,7 +107,7 @@ def _list(stub: AdapterServiceStub, options: argparse.Namespace) -> Iterator[str
         yield from (_json(adapter) for adapter in adapters)
         return
     yield from table(COLUMNS, [_row(adapter) for adapter in adapters])
-    used = f"{page.bytes_used:,} of {page.bytes_limit:,} bytes on the device"
+    used = f"{page.bytes_used:,} of {page.bytes_limit:,} bytes on the device (and {page.bytes_vacant:,} vacant)"
     host = f"{page.bytes_host_used:,} of {page.bytes_host_limit:,} bytes in host memory"
     yield f"{page.slots_used} of {page.slots_total} slots, {used}, {host}"
 

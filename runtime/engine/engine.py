@@ -76,6 +76,8 @@ class Engine:
             return True
         if self.adapters.has_work or self.guides.has_news:
             return True
+        if self.adapters.can_compact and not self.scheduler.is_running:
+            return True
         return time.time() >= self._next_deadline
 
     def wait_for_work(self, timeout_seconds: float) -> bool:
@@ -129,6 +131,7 @@ class Engine:
             prompt_tokens=self._num_prompt_tokens,
             adapters_resident=self.adapters.num_resident,
             adapter_device_bytes=self.adapters.pages.num_bytes,
+            adapter_vacant_bytes=self.adapters.pages.vacant_bytes,
             adapter_host_bytes=self.adapters.host_bytes,
             iteration_tokens=iteration_tokens,
             estimated_wait_seconds=self.scheduler.estimated_wait_seconds(),

@@ -206,7 +206,8 @@ class EngineStats:
     `iteration_tokens` counts what the step computed that these come with; 0 if they come with none.
     `estimated_wait_seconds` is how long a request that came now would wait for its first step, by the pace of the
     last seconds; 0 if none waits. Of each tier of adapters, `hits` are requests that found theirs there, `loads`
-    adapters that came in, and `evictions` those that had to leave; waiting requests are counted by what they wait for.
+    adapters that came in, and `evictions` those that had to leave. `adapter_vacant_bytes` are pages on the device that
+    adapters have left, and that others have not used yet; waiting requests are counted by what they wait for.
     """
 
     running: int = 0
@@ -219,6 +220,7 @@ class EngineStats:
     prompt_tokens: int = 0
     adapters_resident: int = 0
     adapter_device_bytes: int = 0
+    adapter_vacant_bytes: int = 0
     adapter_host_bytes: int = 0
     iteration_tokens: int = 0
     estimated_wait_seconds: float = 0.0

@@ -105,7 +105,12 @@ def make_store(
     page_bytes = int(config.adapter_memory_gib * 2**30)
     host_bytes = int(config.adapter_host_memory_gib * 2**30) or 2 * (page_bytes + room.num_bytes)
     limits = StoreLimits(
-        config.max_adapters, config.max_lora_rank, page_bytes, host_bytes, config.adapter_cycle_seconds
+        config.max_adapters,
+        config.max_lora_rank,
+        page_bytes,
+        host_bytes,
+        config.adapter_cycle_seconds,
+        max_copy_bytes=placement.ops.max_copy_bytes,
     )
     layout = FactorLayout.of(placement.ops)
     store = AdapterStore(targets, limits, placement.device, placement.dtype, wake, layout, spare)

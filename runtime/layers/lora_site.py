@@ -18,7 +18,11 @@ class ExpertDeltas(Protocol):
         ...
 
     def add_down_(self, y_MN: Tensor, x_MK: Tensor) -> None:
-        """Add down deltas."""
+        """Add down deltas, but for those that `add_combined_` adds."""
+        ...
+
+    def add_combined_(self, y_TH: Tensor, weights_TE: Tensor) -> None:
+        """Add down deltas that are the same product for all experts of a token, to the weighted sum over them."""
         ...
 
 
@@ -56,6 +60,6 @@ class StepLora(Protocol):
         """Sort keys [T, E] of routed rows, ascending by expert, then by adapter; and how many an expert has."""
         ...
 
-    def expert_deltas(self, layer: int, keys_TE: Tensor, rows: SortedRows) -> ExpertDeltas:
-        """The deltas of one layer's routed rows, which were sorted by their keys."""
+    def expert_deltas(self, layer: int, keys_TE: Tensor, rows: SortedRows, x_TH: Tensor) -> ExpertDeltas:
+        """The deltas of one layer's routed rows, which were sorted by their keys; `x_TH` are the tokens' rows."""
         ...

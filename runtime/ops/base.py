@@ -34,6 +34,7 @@ class Ops(ABC):
     `max_block_numbers`: bound on the numbers of one block of a prefill, which is as many keys and values as it expands,
     or, where the back-end `holds_scores`, the scores if those are more.
     `routed_row_multiple`: training fills each expert's rows up to a multiple of it.
+    `max_copy_bytes`: most bytes of adapters that are copied between two steps, so that no step waits for long.
     `lora_a_rows_first`: A is best stored as [P, R, K], of which `lora_add_` is given the transposed view.
     """
 
@@ -42,6 +43,7 @@ class Ops(ABC):
     holds_scores = True
     lora_a_rows_first = False
     routed_row_multiple = 1
+    max_copy_bytes = 8 * 2**20
 
     def shares(self, counts_G: Tensor) -> list[tuple[slice, slice]]:
         """(groups, rows) of the parts that `side_by_side` gains by; all in one has rows to the end, None."""

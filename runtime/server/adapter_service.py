@@ -126,6 +126,7 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
             bytes_limit=self._client.ready.adapter_bytes_limit,
             bytes_host_used=sum(adapter.host_bytes for adapter in everything),
             bytes_host_limit=self._client.ready.adapter_host_bytes_limit,
+            bytes_vacant=self._client.stats.adapter_vacant_bytes,
         )
 
     async def WatchAdapters(

@@ -18,6 +18,8 @@ def engine_families(model_name: str, stats: EngineStats) -> Iterator[Metric]:
         "requests_paused": ("Sequences in the batch that wait for their readers", stats.paused),
         "kv_cache_usage_ratio": ("Used share of the KV cache", stats.kv_tokens_used / max(1, stats.kv_tokens_total)),
         "adapters_resident": ("Adapters in device memory", stats.adapters_resident),
+        "adapter_vacant_bytes": ("Bytes of device pages that adapters have left", stats.adapter_vacant_bytes),
+        "adapter_fragmentation_ratio": ("Vacant share of the bytes of all device pages", _vacant_share(stats)),
     }
     for name, (text, value) in gauges.items():
         gauge = GaugeMetricFamily(PREFIX + name, text, labels=[MODEL_LABEL])
@@ -41,6 +43,10 @@ def engine_families(model_name: str, stats: EngineStats) -> Iterator[Metric]:
     waiting.add_metric([model_name, "files"], stats.waiting_for_files)
     waiting.add_metric([model_name, "place"], stats.waiting_for_device)
     yield waiting
+
+
+def _vacant_share(stats: EngineStats) -> float:
+    return stats.adapter_vacant_bytes / max(1, stats.adapter_vacant_bytes + stats.adapter_device_bytes)
 
 
 def _tier_families(model_name: str, stats: EngineStats) -> Iterator[Metric]:

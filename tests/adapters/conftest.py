@@ -48,6 +48,7 @@ class StoreDriver:
     def __init__(
         self, base_dir: Path, *, max_adapters: int = 8, max_bytes: int = ROOMY, max_host_bytes: int = ROOMY,
         cycle_seconds: float = 1e9, replacement_experts: int = 0, dtype: torch.dtype = torch.float32,
+        max_copy_bytes: int = 8 * 2**20,
     ) -> None:  # fmt: skip
         config = DeepseekConfig.from_dir(base_dir)
         targets = config.adapter_targets()
@@ -55,7 +56,9 @@ class StoreDriver:
         layers = targets.experts if replacement_experts else ()
         spare = {layer: RoutedExperts(layer, config, placement).groups for layer in layers}
         self.woken = threading.Event()
-        limits = StoreLimits(max_adapters, 128, max_bytes, max_host_bytes, cycle_seconds)
+        limits = StoreLimits(
+            max_adapters, 128, max_bytes, max_host_bytes, cycle_seconds, max_copy_bytes=max_copy_bytes
+        )
         self.store = AdapterStore(targets, limits, placement.device, dtype, self.woken.set, spare=spare)
         self.replies: list[AdapterInfo | GraftError] = []
         self.changes: list[tuple[str, int, str, int]] = []

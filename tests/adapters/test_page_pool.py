@@ -26,7 +26,34 @@ def test_pages_know_the_place_of_the_next_one() -> None:
     assert (pool.next_regions_P.tolist(), pool.next_slots_P.tolist()) == ([1, 3, 4], [1, 1, 2])
     assert (pool.page(1, 3), pool.num_pages, pool.whole_slots) == (2, 3, frozenset())
     pool.remove(0)
+    assert pool.table.tolist()[1] == [-1] * 4 and (pool.num_pages, pool.slots) == (3, {1})
+    for _ in pool.compacting(1):
+        pass
     assert (pool.next_regions_P.tolist(), pool.next_slots_P.tolist()) == ([3, 4], [1, 2])
+    assert pool.table.tolist()[2] == [-1, 0, -1, 1]
+
+
+def test_a_slot_is_written_into_its_own_vacant_pages_and_nothing_else_is_copied() -> None:
+    pool = PagePool(_pages([0]), num_regions=4, max_slots=2, device=CPU)
+    pool.insert(0, _pages([0, 1, 3]))
+    pool.insert(1, _pages([1, 2]))
+    pool.remove(0)
+    tensors, pages = dict(pool.factors), _pages([1, 3])
+    copied = sum(pool.inserting(0, pages, 10**6))
+    assert copied == pages.num_bytes and all(pool.factors[name] is tensor for name, tensor in tensors.items())
+    assert [pool.page(0, region) for region in (1, 3)] == [1, 4]
+    assert torch.equal(pool.factor("a")[[1, 4]], pages.factors["a"])
+    assert (pool.num_bytes, pool.vacant_bytes) == (4 * pool.page_bytes, pool.page_bytes)
+
+
+def test_pools_that_differ_in_what_is_vacant_differ_in_layout() -> None:
+    pool = PagePool(_pages([0]), num_regions=4, max_slots=2, device=CPU)
+    pool.insert(0, _pages([0, 1]))
+    before = pool.layout
+    pool.remove(0)
+    vacant = pool.layout
+    pool.insert(0, _pages([1]))
+    assert len({before, vacant, pool.layout}) == 3
 
 
 def test_pools_with_pages_for_the_same_regions_and_slots_have_one_layout() -> None:

@@ -27,13 +27,16 @@ MAX_RUN_SECONDS = 2.0
 class FakePages:
     """Takes no time and no memory."""
 
-    num_bytes = 0
+    num_bytes = vacant_bytes = 0
 
     def __init__(self, max_slots: int) -> None:
         self.max_slots = max_slots
         self.spare = SpareExperts({}, 0, max_slots, torch.device("cpu"))
 
-    def install(self, slot: int, host: object) -> Iterator[None]:
+    def best_slot(self, free_slots: list[int], host: object) -> int:
+        return free_slots[-1]
+
+    def install(self, slot: int, host: object, max_bytes: int) -> Iterator[None]:
         yield
 
     def remove(self, slot: int) -> None:

@@ -103,7 +103,9 @@ def test_an_adapter_in_use_drains_and_its_memory_comes_back_with_the_last_reques
     with pytest.raises(NotFound):
         store.store.acquire("one")
     store.store.release(record)
-    assert store.store.pages.num_bytes == empty_bytes
+    assert store.store.pages.num_bytes == empty_bytes and store.store.can_compact
+    store.store.advance(whole=True)
+    assert store.store.pages.vacant_bytes == 0 and _contents(store.store) == []
     assert [reply.state for reply in store.replies if isinstance(reply, AdapterInfo)] == [AdapterState.UNLOADED]
     store.replies.clear()
     again = store.load("one", files["one"])
@@ -135,8 +137,8 @@ def test_a_device_without_room_leaves_the_others_as_they_were_and_the_next_load_
     monkeypatch.setattr(torch.Tensor, "new_empty", allocate_until_full)
     failed = store.load("one", files["one"])
     monkeypatch.undo()
-    assert isinstance(failed, Exhausted) and len(calls) == failing_call
-    assert store.store.pages.num_bytes == bytes_before
+    assert isinstance(failed, Exhausted) and len(calls) >= failing_call
+    assert (store.store.pages.num_bytes, store.store.pages.vacant_bytes) == (bytes_before, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, _contents(store.store), strict=True))
     assert isinstance(store.load("one", files["one"]), AdapterInfo)
 

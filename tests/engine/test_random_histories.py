@@ -283,7 +283,8 @@ class EngineHistory(RuleBasedStateMachine):
         engine, stats = self.engine, self.engine.stats()
         self.seen["preemptions"] += stats.preemptions
         assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
-        assert engine.adapters.pages.num_bytes == 0 and engine.adapters.infos() == []
+        pages = engine.adapters.pages
+        assert (pages.num_bytes, pages.vacant_bytes) == (0, 0) and engine.adapters.infos() == []
         gauges = (stats.running, stats.waiting, stats.kv_tokens_used, stats.adapters_resident)
         assert gauges == (0, 0, 0, 0)
         assert (stats.adapter_device_bytes, stats.adapter_host_bytes, stats.iteration_tokens) == (0, 0, 0)

@@ -117,6 +117,7 @@ class FakeEngine:
             estimated_wait_seconds=self._wait_seconds * len(self._running),
             adapters_resident=num_adapters,
             adapter_device_bytes=1000 * num_adapters,
+            adapter_vacant_bytes=250 * num_adapters,
         )
 
     def _advance(self, sequence: FakeSequence) -> SequenceOutput:

@@ -48,6 +48,8 @@ def test_adapters_are_listed_by_name_page_by_page(server: LiveServer, other: obj
     assert [adapter.name for adapter in (*first.adapters, *second.adapters)] == ["adapters/dates", "adapters/other"]
     assert second.next_page_token == ""
     assert (first.slots_used, first.slots_total, first.bytes_used, first.bytes_limit) == (2, 64, 2000, 1 << 30)
+    server.generate("abc", "other")
+    assert server.adapters.ListAdapters(pb.ListAdaptersRequest()).bytes_vacant == 500
     loading = server.adapters.ListAdapters(pb.ListAdaptersRequest(state=pb.Adapter.STATE_LOADING))
     assert not loading.adapters
 

@@ -28,6 +28,8 @@ def test_metrics_count_requests_tokens_and_latencies(server: LiveServer) -> None
 def test_metrics_tell_what_the_engine_holds(server: LiveServer) -> None:
     assert server.metric("graft_adapters_resident") == 1
     assert server.metric("graft_adapter_bytes") == 1000
+    assert server.metric("graft_adapter_vacant_bytes") == 250
+    assert server.metric("graft_adapter_fragmentation_ratio") == 0.2
     for gauge in ("graft_requests_running", "graft_requests_waiting", "graft_kv_cache_usage_ratio", "graft_draining"):
         assert server.metric(gauge) == 0
     assert 'model_name="model"' in server.get("/metrics")[1]

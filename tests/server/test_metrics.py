@@ -20,6 +20,8 @@ from runtime.server.metrics import ADMISSION_REASONS, MAX_FAILURE_SERIES, Metric
 
 FAMILIES = {
     "graft_adapter_bytes": "gauge",
+    "graft_adapter_vacant_bytes": "gauge",
+    "graft_adapter_fragmentation_ratio": "gauge",
     "graft_adapter_hits": "counter",
     "graft_adapter_loads": "counter",
     "graft_adapter_evictions": "counter",

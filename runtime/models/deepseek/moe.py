@@ -64,7 +64,7 @@ class RoutedExperts(nn.Module):
         keys, keys_of_expert = (experts, 1) if lora is None else lora.route_keys(experts)
         rows = self.ops.sort_rows(x_TH, keys, num_experts * keys_of_expert)
         counts_E = rows.counts_G if lora is None else rows.counts_G.view(num_experts, keys_of_expert).sum(1)
-        deltas = None if lora is None else lora.expert_deltas(self.layer, keys, rows)
+        deltas = None if lora is None else lora.expert_deltas(self.layer, keys, rows, x_TH)
         gate_up = self.ops.grouped_matmul(rows.x_MH, w13, counts_E)
         if deltas is not None:
             deltas.add_gate_up_(gate_up, rows.x_MH)
@@ -72,7 +72,10 @@ class RoutedExperts(nn.Module):
         y_MH = self.ops.grouped_matmul(inner_MI, w2, counts_E)
         if deltas is not None:
             deltas.add_down_(y_MH, inner_MI)
-        return self.ops.combine_experts(y_MH, rows, weights)
+        combined_TH = self.ops.combine_experts(y_MH, rows, weights)
+        if deltas is not None:
+            deltas.add_combined_(combined_TH, weights)
+        return combined_TH
 
 
 class MixtureOfExperts(nn.Module):

@@ -15,6 +15,7 @@ class CudaOps(Ops):
     """Everything in one grouped product per call; group lists stay on the device."""
 
     lora_rank_multiple = 8  # strides must be multiples of 16 bytes
+    max_copy_bytes = 128 * 2**20
     max_block_numbers = 2**27  # half a gigabyte of float32 scores
 
     def grouped_matmul(self, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:

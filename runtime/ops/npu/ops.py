@@ -23,6 +23,7 @@ class NpuOps(Ops):
     lora_a_rows_first = True  # so that a product with A reads long rows
     max_block_numbers = 2**27  # 256 MiB of keys and values: 3,276 of them for 128 heads
     holds_scores = False
+    max_copy_bytes = 128 * 2**20
 
     def __init__(self, *, mla_prolog: bool = True) -> None:
         """`mla_prolog`: whether MLA's projections may be one operator where their sizes are its own."""

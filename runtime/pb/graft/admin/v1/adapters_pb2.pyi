@@ -218,7 +218,7 @@ class ListAdaptersRequest(_message.Message):
     def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., name_prefix: _Optional[str] = ...) -> None: ...
 
 class ListAdaptersResponse(_message.Message):
-    __slots__ = ("adapters", "next_page_token", "slots_used", "slots_total", "bytes_used", "bytes_limit", "bytes_host_used", "bytes_host_limit")
+    __slots__ = ("adapters", "next_page_token", "slots_used", "slots_total", "bytes_used", "bytes_limit", "bytes_host_used", "bytes_host_limit", "bytes_vacant")
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SLOTS_USED_FIELD_NUMBER: _ClassVar[int]
@@ -227,6 +227,7 @@ class ListAdaptersResponse(_message.Message):
     BYTES_LIMIT_FIELD_NUMBER: _ClassVar[int]
     BYTES_HOST_USED_FIELD_NUMBER: _ClassVar[int]
     BYTES_HOST_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_VACANT_FIELD_NUMBER: _ClassVar[int]
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
     next_page_token: str
     slots_used: int
@@ -235,7 +236,8 @@ class ListAdaptersResponse(_message.Message):
     bytes_limit: int
     bytes_host_used: int
     bytes_host_limit: int
-    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., slots_used: _Optional[int] = ..., slots_total: _Optional[int] = ..., bytes_used: _Optional[int] = ..., bytes_limit: _Optional[int] = ..., bytes_host_used: _Optional[int] = ..., bytes_host_limit: _Optional[int] = ...) -> None: ...
+    bytes_vacant: int
+    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., slots_used: _Optional[int] = ..., slots_total: _Optional[int] = ..., bytes_used: _Optional[int] = ..., bytes_limit: _Optional[int] = ..., bytes_host_used: _Optional[int] = ..., bytes_host_limit: _Optional[int] = ..., bytes_vacant: _Optional[int] = ...) -> None: ...
 
 class WatchAdaptersRequest(_message.Message):
     __slots__ = ()
