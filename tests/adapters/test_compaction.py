@@ -28,8 +28,9 @@ def _all_bytes(store: AdapterStore) -> int:
 
 
 def test_replacing_an_adapter_again_and_again_in_traffic_allocates_nothing_after_the_first_time(
-    make: MakeStore, files: dict[str, Path]
+    make: MakeStore, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compaction.time, "monotonic", lambda: 1000.0)
     store = make()
     store.load("one", files["one"])
     tensors: list[torch.Tensor] = []
