@@ -64,7 +64,6 @@ def load_adapter(
         _refuse(folder.path, context.problems)
         wanted = {tensor.stored.name for pair in keys.pairs for tensor in (pair.a, pair.b)}
         tensors = folder.read(wanted)
-        digest = folder.digest
 
     context.problems.extend(non_finite(tensors))
     _refuse(folder.path, context.problems)
@@ -78,7 +77,7 @@ def load_adapter(
     return AdapterWeights(
         linears=builder.linears,
         experts=experts,
-        digest=digest,
+        digest=folder.digest,
         config=folder.config,
         layout=" + ".join(adapter_format.layout for adapter_format, _ in plan),
         skipped=(*folder.skipped, *keys.skipped, *builder.skipped),
