@@ -57,7 +57,8 @@ def start(
         int((config.adapter_host_memory_gib or 2 * config.adapter_memory_gib) * 2**30),
         config.adapter_cycle_seconds,
     )
-    adapters = AdapterStore(model_config.adapter_targets(), limits, device, dtype, wake, FactorLayout.of(ops))
+    targets, layout = model_config.adapter_targets(), FactorLayout.of(ops)
+    adapters = AdapterStore(targets, limits, device, dtype, wake, layout, reading_process=config.reading_process)
     runner = Runner(model, adapters.pages, num_blocks, config.kv_block_tokens)
     eos = read_eos_token_ids(config.model_path)
     if max(eos, default=0) >= model_config.vocab_size:

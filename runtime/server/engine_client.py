@@ -7,7 +7,7 @@ import itertools
 import logging
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -217,7 +217,7 @@ class EngineClient:
                         stream.push(output)
             case RequestFailed(request_id, kind, message, reason, field):
                 if (stream := self._streams.get(request_id)) is not None:
-                    stream.fail(_request_error(kind, message, reason, field))
+                    stream.fail(_told_error(kind, message, reason, field))
             case PromptScored(request_id):
                 if (stream := self._streams.get(request_id)) is not None:
                     stream.push_scores(event)
@@ -234,7 +234,7 @@ class EngineClient:
                 if (future := self._calls.get(call_id)) is not None and not future.done():
                     future.set_result(event)
             case CallFailed(call_id, kind, message, reason, field, problems):
-                error = error_of_kind(kind, message, reason=reason, field=field, problems=problems)
+                error = _told_error(kind, message, reason, field, problems)
                 if (future := self._calls.get(call_id)) is not None and not future.done():
                     future.set_exception(error)
                 else:
@@ -262,9 +262,11 @@ def _ignore(_: object) -> None:
     """Until somebody wants to know."""
 
 
-def _request_error(kind: ErrorKind, message: str, reason: str, field: str) -> GraftError:
-    """A full queue empties soon, so the client is told when to come back."""
-    error = error_of_kind(kind, message, reason=reason, field=field, problems=())
-    if kind is ErrorKind.RESOURCE_EXHAUSTED:
+def _told_error(
+    kind: ErrorKind, message: str, reason: str, field: str, problems: Sequence[str] = ()
+) -> GraftError:
+    """A full queue empties soon, and a lost process comes again, so the client is told when to come back."""
+    error = error_of_kind(kind, message, reason=reason, field=field, problems=problems)
+    if kind in (ErrorKind.RESOURCE_EXHAUSTED, ErrorKind.UNAVAILABLE):
         error.retry_seconds = RETRY_SECONDS
     return error

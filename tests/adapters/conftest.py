@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from runtime.adapters.info import AdapterInfo
+from runtime.adapters.reading_process import ReadingProcess
 from runtime.adapters.record import AdapterRecord
 from runtime.adapters.store import AdapterStore, StoreLimits
 from runtime.engine.messages import CallId, LoadAdapter, PinAdapter, UnloadAdapter
@@ -43,17 +44,23 @@ class StoreDriver:
 
     def __init__(
         self, base_dir: Path, *, max_adapters: int = 8, max_bytes: int = ROOMY, max_host_bytes: int = ROOMY,
-        cycle_seconds: float = 1e9,
+        cycle_seconds: float = 1e9, reading_process: bool = False,
     ) -> None:  # fmt: skip
         targets = DeepseekConfig.from_dir(base_dir).adapter_targets()
         self.woken = threading.Event()
         limits = StoreLimits(max_adapters, 128, max_bytes, max_host_bytes, cycle_seconds)
-        self.store = AdapterStore(targets, limits, torch.device("cpu"), torch.float32, self.woken.set)
+        self.store = AdapterStore(targets, limits, torch.device("cpu"), torch.float32, self.woken.set,
+                                  reading_process=reading_process)  # fmt: skip
         self.replies: list[AdapterInfo | GraftError] = []
         self.changes: list[tuple[str, int, str, int]] = []
         self.store.on_change = lambda info: self.changes.append(
             (info.name, info.generation, str(info.state), info.slot)
         )
+
+    @property
+    def reading_process(self) -> ReadingProcess | None:
+        folders = self.store.memory.reader.folders
+        return folders if isinstance(folders, ReadingProcess) else None
 
     def start(self, name: str, path: Path, digest: str = "", **options: object) -> None:
         command = LoadAdapter(CallId(1), name, str(path), digest, **options)  # type: ignore[arg-type]
