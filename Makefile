@@ -85,6 +85,13 @@ bench: $(STAMP)
 bench-train: $(STAMP)
 	$(BIN)/python -m benchmarks.train_vs_peft
 
+## make bench-loading   steps while adapters load, cold adapters, device bytes (ten minutes; writes benchmarks/results/)
+.PHONY: bench-loading
+bench-loading: $(STAMP)
+	$(BIN)/python -m benchmarks.steps_while_loading
+	$(BIN)/python -m benchmarks.cold_adapter
+	$(BIN)/python -m benchmarks.device_bytes
+
 ## make lint    ruff over the code, buf over the contracts, and whether runtime/pb and docs/api.md follow them
 lint: $(STAMP) proto-unbroken
 	$(BIN)/ruff check $(SOURCE)

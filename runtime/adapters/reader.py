@@ -12,11 +12,11 @@ from functools import partial
 
 from runtime.adapters.compose import compose
 from runtime.adapters.expression import weight_text
-from runtime.adapters.folder_reader import ReadAdapter, ReadsFolders, as_graft_error, facts_of
+from runtime.adapters.folder_reader import ReadAdapter, ReadsFolders, as_graft_error, facts_of, printable
 from runtime.adapters.record import Source
 from runtime.errors import Exhausted, GraftError, Precondition
 
-__all__ = ["AdapterReader", "OnRead", "ReadAdapter", "SumLimits", "as_changed"]
+__all__ = ["AdapterReader", "OnRead", "ReadAdapter", "SumLimits", "as_changed", "printable"]
 
 OnRead = Callable[[ReadAdapter | GraftError], None]
 
