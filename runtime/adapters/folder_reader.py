@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -66,11 +66,14 @@ class ReadsFolders(Protocol):
 
 
 class FolderReader:
-    """Reads in the calling thread; `zeros` gives the memory of the pages."""
+    """Reads in the calling thread; `zeros` gives the memory of the pages, `expect` hears how much it will be about."""
 
-    def __init__(self, rules: FolderRules, zeros: NewZeros = new_zeros) -> None:
+    def __init__(
+        self, rules: FolderRules, zeros: NewZeros = new_zeros, expect: Callable[[int], None] | None = None
+    ) -> None:
         self._rules = rules
         self._zeros = zeros
+        self._expect = expect
 
     def start(self) -> None:
         """Always ready."""
@@ -87,7 +90,11 @@ class FolderReader:
         rules = self._rules
         try:
             weights = load_adapter(
-                Path(path), rules.targets, max_lora_rank=rules.max_lora_rank, max_bytes=rules.max_bytes
+                Path(path),
+                rules.targets,
+                max_lora_rank=rules.max_lora_rank,
+                max_bytes=rules.max_bytes,
+                on_checked=self._checked,
             )
             if digest and weights.digest != digest:
                 message = f"adapter {name!r} has digest {weights.digest}, expected {digest}"
@@ -97,6 +104,11 @@ class FolderReader:
             raise as_graft_error(name, error) from error
         facts = facts_of(host, weights.num_bytes, weights.warnings)
         return ReadAdapter(weights.digest, host, facts, time.monotonic() - started)
+
+    def _checked(self, num_elements: int) -> None:
+        """The headers are fine, and so many numbers are read now."""
+        if self._expect is not None:
+            self._expect(num_elements * self._rules.dtype.itemsize)
 
 
 def facts_of(host: HostAdapter, tensor_bytes: int, warnings: Sequence[str]) -> AdapterFacts:

@@ -83,10 +83,11 @@ def _serve(connection: socket.socket, rules: FolderRules) -> None:
 def _read(connection: socket.socket, rules: FolderRules, job: ReadFolder) -> None:
     with SharedArena() as arena:
         try:
-            read = FolderReader(rules, arena.new_zeros).read(job.name, job.path, job.digest)
+            read = FolderReader(rules, arena.new_zeros, arena.expect).read(job.name, job.path, job.digest)
         except GraftError as error:
             send(connection, FolderRefused.of(error))
         else:
+            arena.finish()
             send(connection, as_message(read, arena), arena.fd)
 
 
