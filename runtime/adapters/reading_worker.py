@@ -87,8 +87,9 @@ def _read(connection: socket.socket, rules: FolderRules, job: ReadFolder) -> Non
         except GraftError as error:
             send(connection, FolderRefused.of(error))
         else:
+            message = as_message(read, arena)
             arena.finish()
-            send(connection, as_message(read, arena), arena.fd)
+            send(connection, message, arena.fd)
 
 
 def _libc() -> ctypes.CDLL | None:

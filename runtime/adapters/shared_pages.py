@@ -80,7 +80,11 @@ class SharedArena:
         os.ftruncate(self.fd, self._num_bytes)
 
     def place(self, tensor: Tensor) -> Place:
-        """Where a tensor of `new_zeros` lies."""
+        """Where a tensor of `new_zeros` lies; one that lies elsewhere is copied here first."""
+        if tensor.data_ptr() not in self._offsets:
+            own = self.new_zeros(tuple(tensor.shape), tensor.dtype)
+            own.copy_(tensor)
+            tensor = own
         return Place(tuple(tensor.shape), self._offsets[tensor.data_ptr()])
 
 
