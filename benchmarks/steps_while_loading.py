@@ -62,7 +62,7 @@ def main() -> None:
     """Command line: see the module's text."""
     arguments = _parse()
     models = models_dir(arguments.models, tiny=arguments.tiny)
-    with serving(models, "--max-new-tokens", str(MAX_TOKENS)) as served:
+    with serving(models, "--max-new-tokens", str(MAX_TOKENS), niceness=arguments.niceness) as served:
         for index in range(NUM_USED_ADAPTERS):
             served.load(f"used-{index}", adapter_dir(models, index, "per-expert"))
         segments = asyncio.run(_measure(served, arguments.segments, arguments.seconds))
@@ -72,6 +72,7 @@ def main() -> None:
         steps = read_steps(steps_file)
     report = summarise(segments, steps)
     report |= {"model": "tiny" if arguments.tiny else "0.79 B, bfloat16", "machine": machine.describe()}
+    report["niceness"] = arguments.niceness
     text = as_text(report)
     print(text)
     arguments.results.mkdir(parents=True, exist_ok=True)
@@ -204,7 +205,8 @@ def distribution(gaps: Sequence[float]) -> dict[str, float]:
 
 def as_text(report: dict[str, Any]) -> str:
     """The report as a person reads it."""
-    lines = [f"{NUM_STREAMS} running requests over {NUM_USED_ADAPTERS} adapters; model: {report['model']}", ""]
+    lines = [f"{NUM_STREAMS} running requests over {NUM_USED_ADAPTERS} adapters; model: {report['model']}"]
+    lines += [f"the process that reads adapters runs at nice {report['niceness']}", ""]
     lines.append(f"  {'inter-token latency, ms':<34} {'median':>8} {'p90':>8} {'p99':>8} {'max':>8} {'gaps':>8}")
     for place in ("client", "engine"):
         for name, key in (("no operations", "without"), ("one every second", "with")):
@@ -234,7 +236,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--tiny", action="store_true", help="a small float32 model, to try the script")
     parser.add_argument("--segments", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=27.0, help="of one segment")
+    parser.add_argument("--seconds", type=float, default=25.0, help="of one segment")
+    parser.add_argument("--niceness", type=int, default=10, help="of the process that reads adapters")
     return parser.parse_args()
 
 

@@ -22,12 +22,10 @@ from runtime.adapters.reading_protocol import (
     send,
 )
 from runtime.adapters.shared_pages import IS_SUPPORTED
-from runtime.env import child_environment
+from runtime.env import child_environment, reading_niceness
 from runtime.errors import Internal, Unavailable
 
 START_SECONDS = 60.0
-# Steps come first: on a machine whose cores are all busy with them, a load takes what they leave over.
-NICENESS = 10
 _RETRY_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
@@ -45,6 +43,7 @@ class ReadingProcess:
 
     def __init__(self, rules: FolderRules) -> None:
         self._rules = rules
+        self._niceness = reading_niceness()
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._is_ready = False
@@ -67,7 +66,7 @@ class ReadingProcess:
                 self._child = subprocess.Popen(
                     command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=child_environment()
                 )
-            send(ours, ReadingSetup.of(self._rules, NICENESS))
+            send(ours, ReadingSetup.of(self._rules, self._niceness))
         except OSError as error:
             logger.error("the process that reads adapters did not start: %s", error)
         if self._closing.is_set():

@@ -95,6 +95,21 @@ def test_refusals_are_those_of_a_thread(
     assert told[0] == told[1]
 
 
+def test_the_process_stands_back_as_the_environment_says(
+    rules: FolderRules, mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFT_READING_NICENESS", "20")
+    with pytest.raises(ValueError, match="GRAFT_READING_NICENESS = '20' is not a number from 0 to 19"):
+        ReadingProcess(rules)
+    monkeypatch.setenv("GRAFT_READING_NICENESS", "17")
+    reading = ReadingProcess(rules)
+    try:
+        reading.read("m", str(mixed), "")
+        assert os.getpriority(os.PRIO_PROCESS, reading.pid or 0) == 17
+    finally:
+        reading.close()
+
+
 def test_memory_of_an_adapter_is_unmapped_when_its_last_tensor_is_gone(process: ReadingProcess, mixed: Path) -> None:
     before = _num_mappings()
     read: ReadAdapter | None = process.read("m", str(mixed), "")

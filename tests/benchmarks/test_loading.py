@@ -29,7 +29,7 @@ def test_ratios_compare_segments_with_and_without_operations_at_both_ends() -> N
     assert report["engine"]["p99_ratio"] == pytest.approx(3.0)
     assert (report["operations"]["load"]["count"], report["operations"]["unload"]["count"]) == (1, 0)
     assert report["operations"]["load"]["worst_adapter_ms_median"] == pytest.approx(0.0)
-    report |= {"model": "none", "machine": {}}
+    report |= {"model": "none", "machine": {}, "niceness": 10}
     assert "client: median 2.000x, p99 2.000x" in steps_while_loading.as_text(report)
 
 
