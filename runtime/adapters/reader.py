@@ -15,6 +15,7 @@ from runtime.adapters.expression import weight_text
 from runtime.adapters.folder_reader import ReadAdapter, ReadsFolders, as_graft_error, facts_of, printable
 from runtime.adapters.record import Source
 from runtime.errors import Exhausted, GraftError, Precondition
+from runtime.ops.cpu_threads import compute_on_one_core
 
 __all__ = ["AdapterReader", "OnRead", "ReadAdapter", "SumLimits", "as_changed", "printable"]
 
@@ -40,7 +41,8 @@ class AdapterReader:
         self.folders = folders
         self._limits = limits
         self._wake = wake
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
+        # Sums are made in it: with threads of its own for them it would hold up the steps' threads.
+        self._thread = ThreadPoolExecutor(1, "adapter-loader", initializer=compute_on_one_core)
         self._finished: queue.SimpleQueue[tuple[str, Future[ReadAdapter], OnRead]] = queue.SimpleQueue()
         self._thread.submit(folders.start)
 
