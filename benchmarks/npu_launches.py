@@ -14,7 +14,7 @@ import datetime
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,15 @@ BANDWIDTH = 1.6 * 2**40
 COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY = 0.7, 0.6
 MATRIX_SECONDS, VECTOR_SECONDS = 5 * MICRO, 2 * MICRO
 MATRIX_OPERATORS = (
-    "npu_grouped_matmul", "npu_fused_infer_attention_score", "npu_fused_infer_attention_score_v2", "aten.mm",
-    "aten.bmm", "aten.addmm",
+    "npu_grouped_matmul", "npu_fused_infer_attention_score", "npu_fused_infer_attention_score_v2",
+    "npu_mla_prolog_v3", "aten.mm", "aten.bmm", "aten.addmm",
 )  # fmt: skip
 # bfloat16 peaks of Ascend/msmodeling's device profiles; all have 1.6 TiB/s. An A3 die has the numbers of an A2 NPU.
 PEAKS = {"A2 280T, A3 560T die": 245.8 * TERA, "A2 313T": 294.9 * TERA, "A2 376T, A3 752T die": 353.9 * TERA}
 DECODES = [Case(rows, adapters) for rows in (1, 32, 128) for adapters in (0, 1, 8, 32)]
 CASES = [*DECODES, Case(32, 8, coverage=0.1), *(Case(2048, adapters, prefill=True) for adapters in (0, 1))]
+# Of the models whose sizes the operator takes: the same by separate operators.
+WITHOUT_PROLOG = [Case(rows, adapters, mla_prolog=False) for rows in (1, 32, 128) for adapters in (0, 8)]
 DETAILED = (Case(32, 0), Case(32, 8), Case(32, 8, coverage=0.1), Case(2048, 1, prefill=True))
 
 
@@ -97,13 +99,18 @@ def by_kind(launches: Iterable[bench.Launch]) -> dict[str, list[bench.Launch]]:
     return dict(sorted(kinds.items(), key=lambda item: -total(item[1]).seconds[0]))
 
 
+def cases_of(name: str) -> list[Case]:
+    """The steps that are counted of a model."""
+    return CASES + (WITHOUT_PROLOG if name == "V3 EP16" else [])
+
+
 def main() -> None:
     """Command line: see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS / "npu_launches", help="without .txt and .json")
     output: Path = parser.parse_args().output
     bench.install()
-    steps = {name: {case: record_step(model, case) for case in CASES} for name, model in MODELS.items()}
+    steps = {name: {case: record_step(model, case) for case in cases_of(name)} for name, model in MODELS.items()}
     lines, about = [__doc__ or "", ""], _about()
     lines += [f"{name}: {value}" for name, value in about.items()]
     for name, cases in steps.items():
@@ -125,12 +132,12 @@ def _about() -> dict[str, str]:
 def _summary(cases: dict[Case, list[Part]]) -> list[str]:
     """One line a case: launches of a layer (operators + PyTorch's own) and of the step, and what they predict."""
     head = (
-        f"{'':28}{'dense layer':>12}{'routed layer':>13}{'step':>12}{'GB':>7}{'TFLOP':>7}{'launch':>8}"
+        f"{'':42}{'dense layer':>12}{'routed layer':>13}{'step':>12}{'GB':>7}{'TFLOP':>7}{'launch':>8}"
         "   predicted ms a step, tokens/s; added by adapters"
     )
-    lines = [head, f"{'':79}{'ms':>8}   " + " | ".join(f"{name:22}" for name in PEAKS)]
+    lines = [head, f"{'':93}{'ms':>8}   " + " | ".join(f"{name:22}" for name in PEAKS)]
     for case, parts in cases.items():
-        base = whole_step(cases[Case(case.num_rows, 0, prefill=case.prefill)])
+        base = whole_step(cases[replace(case, num_adapters=0, coverage=1.0)])
         step, names = whole_step(parts), {part.name: total(part.launches) for part in parts}
         dense = names.get("dense layer", names["first dense layer"])
         counts = "".join(f"{each.operators:>7}+{each.others:<5}" for each in (dense, names["routed layer"], step))
@@ -139,7 +146,7 @@ def _summary(cases: dict[Case, list[Part]]) -> list[str]:
             for mine, plain in zip(step.seconds, base.seconds, strict=True)
         )
         sums = f"{step.num_bytes / 1e9:7.1f}{step.flops / TERA:7.2f}{1e3 * step.launch_seconds:8.1f}"
-        lines.append(f"{case.label:28}{counts:>37}{sums}   {times}")
+        lines.append(f"{case.label:42}{counts:>37}{sums}   {times}")
     return lines
 
 

@@ -51,18 +51,21 @@ class Case:
     """One step: `num_rows` sequences that decode or, if `prefill`, one chunk of so many tokens.
 
     Rows take turns with the adapters; each adapter has the first `coverage` of the device's experts in every layer.
+    `mla_prolog`: whether MLA's projections may be one operator.
     """
 
     num_rows: int
     num_adapters: int
     coverage: float = 1.0
     prefill: bool = False
+    mla_prolog: bool = True
 
     @property
     def label(self) -> str:
         """As in the tables."""
         kind = f"prefill {self.num_rows}" if self.prefill else f"decode {self.num_rows}"
-        return f"{kind}, {self.num_adapters} adapters" + ("" if self.coverage == 1 else f" on {self.coverage:.0%}")
+        covered = "" if self.coverage == 1 else f" on {self.coverage:.0%}"
+        return f"{kind}, {self.num_adapters} adapters{covered}" + ("" if self.mla_prolog else ", no MLA prolog")
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,10 @@ def record_step(model: Model, case: Case) -> list[Part]:
 def _runner(model: Model, case: Case, kinds: list[str]) -> Runner:
     sizes = {"num_hidden_layers": len(kinds), "first_k_dense_replace": kinds.count("dense")}
     config = real_config({**model.changes, **sizes})
-    placement = Placement(META, torch.bfloat16, NpuOps())
+    placement = Placement(META, torch.bfloat16, NpuOps(mla_prolog=case.mla_prolog))
     decoder = DeepseekModel(config, placement)
+    for layer in decoder.layers:
+        layer.self_attn.absorb_weights()
     if model.router is not None:
         _replace_routers(decoder, Router(real_config(model.router), placement))
     pages = meta_pages(config, meta_adapter(config, _experts(model, case)), case.num_adapters)

@@ -38,7 +38,7 @@ Written by `make proto` from the comments in [`proto/`](../proto/); `make lint` 
 - **Metadata**: a generation call may carry `x-correlation-id`, 1 to 128 printable ASCII characters, anything else being
   refused; of several the last counts. It comes back beside the server's own `x-request-id`: before the first message of
   a stream, and as trailing metadata of every call. Nothing is sent before a call is admitted, so that a client's retry
-  policy may retry UNAVAILABLE.
+  policy may retry UNAVAILABLE and RESOURCE_EXHAUSTED; `grpc-retry-pushback-ms` tells it when, or that it should not.
 - **Deadlines**: a generation call whose deadline is nearer than the queue's estimated wait is refused at once.
 - **Health**: `""` is NOT_SERVING when the process should be restarted (its engine hangs); a service's name is SERVING
   while that service takes calls.

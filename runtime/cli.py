@@ -161,6 +161,20 @@ def _add_limits(serve: argparse.ArgumentParser) -> None:
         help="requests that may wait for a place; more are refused",
     )
     serve.add_argument(
+        "--max-adapter-requests",
+        type=int,
+        default=server.max_adapter_requests,
+        metavar="N",
+        help="requests that one adapter, or the base, may have in the server; 0: no bound",
+    )
+    serve.add_argument(
+        "--max-adapter-tokens",
+        type=int,
+        default=server.max_adapter_tokens,
+        metavar="N",
+        help="tokens that these may have together, prompts and answers; 0: no bound",
+    )
+    serve.add_argument(
         "--max-new-tokens",
         type=int,
         default=server.max_new_tokens_limit,

@@ -88,6 +88,11 @@ class ServerConfig:
     gone, and waits for running requests for `drain_timeout_seconds` at most. It calls its engine stalled when no step
     has finished for `stall_seconds` while requests run. With `adapters_on_demand` a request may name any folder right
     under `adapters_root`; `adapters_manifest` is a file that lists the adapters that are to be there.
+
+    One adapter, or the base, may have `max_adapter_requests` requests in the server, waiting or running, whose prompts
+    and answers may come to `max_adapter_tokens` tokens together; 0 is no bound. The default is half of the requests
+    that may wait by default, so that one adapter cannot take all places. For tokens there is none: a bound below the
+    longest sequence would refuse good requests, and what is too much depends on the KV cache.
     """
 
     engine: EngineConfig
@@ -110,6 +115,8 @@ class ServerConfig:
     max_queued_outputs: int = 256
     slow_reader_seconds: float = 30.0
     metrics_max_adapters: int = 64
+    max_adapter_requests: int = EngineConfig.max_waiting_requests // 2
+    max_adapter_tokens: int = 0
 
     @property
     def model_name(self) -> str:
@@ -147,6 +154,8 @@ class ServerConfig:
         _require(is_allowed, "max_receive_bytes", self.max_receive_bytes, bytes_range)
         num_labels = self.metrics_max_adapters
         _require(0 <= num_labels <= 10_000, "metrics_max_adapters", num_labels, "0..10000")
+        for name in ("max_adapter_requests", "max_adapter_tokens"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0 (0: no bound)")
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:

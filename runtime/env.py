@@ -43,6 +43,17 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
 
 
+def allows_mla_prolog() -> bool:
+    """Whether an Ascend device may run MLA's projections as one operator: yes, unless GRAFT_NPU_MLA_PROLOG is 0.
+
+    Raises ValueError for anything but 0 and 1.
+    """
+    value = os.environ.get("GRAFT_NPU_MLA_PROLOG", "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"the environment variable GRAFT_NPU_MLA_PROLOG = {value!r}: use 0 or 1, or leave it out")
+    return value == "1"
+
+
 def process_rank() -> tuple[int, int, int]:
     """(rank, number of processes, rank on this host) as torchrun sets them; a process alone is (0, 1, 0).
 

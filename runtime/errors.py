@@ -22,7 +22,11 @@ class ErrorKind(StrEnum):
 
 
 class GraftError(Exception):
-    """An expected failure: `reason` is a stable UPPER_SNAKE word, `field` the request field at fault, if any."""
+    """An expected failure: `reason` is a stable UPPER_SNAKE word, `field` the request field at fault, if any.
+
+    After `retry_seconds` the same call may succeed. None: nothing is known of that, and for a bound that was reached,
+    that it will not by waiting.
+    """
 
     kind = ErrorKind.INTERNAL
 
@@ -119,6 +123,15 @@ _CLASSES: dict[ErrorKind, type[GraftError]] = {
 }
 
 
-def error_of_kind(kind: ErrorKind, message: str, *, reason: str, field: str, problems: Sequence[str]) -> GraftError:
+def error_of_kind(
+    kind: ErrorKind,
+    message: str,
+    *,
+    reason: str,
+    field: str,
+    problems: Sequence[str] = (),
+    retry_seconds: float | None = None,
+) -> GraftError:
     """Rebuild an error that crossed a process border as plain data."""
-    return _CLASSES.get(kind, Internal)(message, reason=reason, field=field, problems=problems)
+    error_class = _CLASSES.get(kind, Internal)
+    return error_class(message, reason=reason, field=field, problems=problems, retry_seconds=retry_seconds)

@@ -6,7 +6,7 @@ Shape suffixes: T tokens of the step, M routed rows, B a subset of tokens, L row
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
 
 import torch
@@ -75,6 +75,11 @@ class LoraPlan:
                     found.append((slice(start, stop), pool.factor("a")[page], pool.factor("b")[page]))
                 start = stop
         return found
+
+    def adapts(self, modules: Sequence[str]) -> bool:
+        """See StepLora."""
+        pools = (pool for module in modules for pool in self._pages.linears.get(module, {}).values())
+        return any(pool.slots & self._active for pool in pools)
 
     def route_keys(self, experts_TE: Tensor) -> tuple[Tensor, int]:
         """See StepLora."""

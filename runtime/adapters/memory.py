@@ -187,7 +187,7 @@ class AdapterMemory:
                 raise error
             logger.error("adapter %r could not be copied to the device", record.label, exc_info=error)
             message = f"the device has no room for adapter {record.name!r} ({record.facts.device_bytes} bytes)"
-            refusal = Exhausted(message, reason="DEVICE_MEMORY_FULL")
+            refusal = Exhausted(message, reason="DEVICE_MEMORY_FULL", retry_seconds=RETRY_SECONDS)
         if on_seated is not None:
             on_seated(refusal)
         elif refusal is not None:

@@ -52,9 +52,9 @@ class AdapterRecord:
     """Owned by the engine loop. `references` counts requests that hold it, `num_running` those with a place in a batch.
 
     It may run when `is_resident`: all its pages are on the device, under `slot`; `has_run` once a sequence of it has
-    begun since then. While it `is_yielding`, others wait for its slot and no sequence of it begins. `host` are its
-    pages in host memory, if they are there. `digest` is that of the bytes that were read, or must be read. After a
-    failure `error` is told to requests until `retry_at` (monotonic).
+    begun since then; `seated_since` (monotonic) is when it got the slot. While it `is_yielding`, others wait for its
+    slot and no sequence of it begins. `host` are its pages in host memory, if they are there. `digest` is that of the
+    bytes that were read, or must be read. After a failure `error` is told to requests until `retry_at` (monotonic).
 
     A sum of other generations has `parts` and no path. It is `derived` if it was made because requests named the sum:
     then it lives no longer than its parts, while one that an operator has named is a snapshot of its own.
@@ -71,6 +71,7 @@ class AdapterRecord:
     is_yielding: bool = False
     has_run: bool = False
     resident_since: float = 0.0
+    seated_since: float = 0.0
     host: HostAdapter | None = None
     references: int = 0
     num_running: int = 0

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from google.protobuf import json_format
 
+from runtime.adapters.expression import parse_expression
 from runtime.commands.client import DEADLINE_SECONDS, connect
 from runtime.errors import InvalidRequest
 from runtime.pb.graft.admin.v1 import adapters_pb2 as pb
@@ -55,9 +56,11 @@ def _load(stub: AdapterServiceStub, options: argparse.Namespace) -> Iterator[str
 
 def _compose(stub: AdapterServiceStub, options: argparse.Namespace) -> Iterator[str]:
     terms = (part.partition("=") for part in options.parts)
+    expression = "+".join(f"{weight}*{name}" if sign else name for name, sign, weight in terms)
+    parse_expression(expression, "expression")
     request = pb.ComposeAdapterRequest(
         adapter_id=options.name,
-        expression="+".join(f"{weight}*{name}" if sign else name for name, sign, weight in terms),
+        expression=expression,
         replace=options.replace,
         expected_generation=options.expected_generation,
         validate_only=options.validate_only,

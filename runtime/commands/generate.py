@@ -103,7 +103,7 @@ def _load_local_adapter(engine: EngineLike, folder: Path) -> None:
 def _outputs(engine: EngineLike) -> Iterator[SequenceOutput]:
     for event in _events(engine):
         if isinstance(event, RequestFailed):
-            raise error_of_kind(event.kind, event.message, reason=event.reason, field=event.field, problems=())
+            raise error_of_kind(event.kind, event.message, reason=event.reason, field=event.field)
         for output in event.outputs if isinstance(event, StepOutputs) else ():
             yield output
             if output.finish_reason is not None:

@@ -58,6 +58,8 @@ def build_config(options: argparse.Namespace) -> ServerConfig:
         max_connection_age_seconds=options.max_connection_age,
         metrics_max_adapters=options.metrics_max_adapters,
         slow_reader_seconds=options.slow_reader_seconds,
+        max_adapter_requests=options.max_adapter_requests,
+        max_adapter_tokens=options.max_adapter_tokens,
     )
     config.validate()
     return config

@@ -40,22 +40,24 @@ def attention_cases() -> list[Case]:
     ]
 
 
-def _rotation(shapes: Shapes, source: Source, num_tokens: int) -> Rotation:
+def random_rotation(shapes: Shapes, source: Source, num_tokens: int) -> Rotation:
+    """Angles of so many tokens, the same on every device."""
     angles_TF = torch.rand(num_tokens, shapes.rope // 2, generator=source.host) * 6.3
     return Rotation(source.place(angles_TF.cos()), source.place(angles_TF.sin()))
 
 
-def _exactly(exact: Exact, rotation: Rotation) -> Rotation:
+def exact_rotation(exact: Exact, rotation: Rotation) -> Rotation:
+    """The angles as the reference takes them."""
     return Rotation(exact(rotation.cos_TF), exact(rotation.sin_TF))
 
 
 def _rotate(shapes: Shapes, ops: Ops, source: Source, *, phase: str) -> Prepared:
     x = source.normal(shapes.tokens(phase), shapes.num_heads, shapes.rope)
-    rotation = _rotation(shapes, source, len(x))
+    rotation = random_rotation(shapes, source, len(x))
     return Prepared(
         described(("x", x.shape)),
         run=lambda: (ops.rotate_interleaved(x, rotation),),
-        reference=lambda exact: (reference.rotate_interleaved(exact(x), _exactly(exact, rotation)),),
+        reference=lambda exact: (reference.rotate_interleaved(exact(x), exact_rotation(exact, rotation)),),
         moved_bytes=2 * num_bytes(x),
         workspace_bytes=16 * x.numel(),
     )
@@ -63,10 +65,10 @@ def _rotate(shapes: Shapes, ops: Ops, source: Source, *, phase: str) -> Prepared
 
 def _rotate_with_gradient(shapes: Shapes, ops: Ops, source: Source) -> Prepared:
     x, grad = (source.normal(shapes.training_tokens, shapes.num_heads, shapes.rope) for _ in range(2))
-    rotation = _rotation(shapes, source, len(x))
+    rotation = random_rotation(shapes, source, len(x))
 
     def expected(exact: Exact) -> Results:
-        turn = partial(reference.rotate_interleaved, rotation=_exactly(exact, rotation))
+        turn = partial(reference.rotate_interleaved, rotation=exact_rotation(exact, rotation))
         return _with_gradients(turn, exact(grad), exact(x))
 
     return Prepared(
@@ -91,7 +93,7 @@ def _write_latents(shapes: Shapes, ops: Ops, source: Source, *, phase: str) -> P
     num_slots = (-(-num_tokens // shapes.block_tokens) + 2) * shapes.block_tokens
     kv_TX, weight_C = source.normal(num_tokens, sum(widths)), source.normal(shapes.latent)
     slots_T = source.place(torch.randperm(num_slots, generator=source.host)[:num_tokens])
-    rotation = _rotation(shapes, source, num_tokens)
+    rotation = random_rotation(shapes, source, num_tokens)
     cache = ops.make_cache(num_slots, shapes.block_tokens, widths, source.dtype, source.device)
     for tensor in cache.tensors:
         source.count(tensor)
@@ -103,7 +105,7 @@ def _write_latents(shapes: Shapes, ops: Ops, source: Source, *, phase: str) -> P
     def expected(exact: Exact) -> Results:
         kv, weight, slots = exact(kv_TX), exact(weight_C), exact(slots_T)
         filled = LatentCache.joint(num_slots, shapes.block_tokens, widths, kv.dtype, kv.device)
-        reference.write_latents(filled, kv, weight, EPS, _exactly(exact, rotation), slots)
+        reference.write_latents(filled, kv, weight, EPS, exact_rotation(exact, rotation), slots)
         return filled.latent_SC, filled.rope_SD
 
     return Prepared(

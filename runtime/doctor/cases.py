@@ -11,6 +11,7 @@ from runtime.doctor.attention_cases import attention_cases
 from runtime.doctor.case import Case
 from runtime.doctor.dense_cases import dense_cases
 from runtime.doctor.expert_cases import expert_cases
+from runtime.doctor.mla_cases import mla_cases
 from runtime.doctor.routing_cases import routing_cases
 from runtime.doctor.shapes import DEEPSEEK_V3, Shapes, demo_shapes
 from runtime.ops.base import Ops
@@ -44,7 +45,7 @@ def operations() -> list[str]:
 
 def all_cases() -> list[Case]:
     """One or more for every operation."""
-    return [*expert_cases(), *routing_cases(), *dense_cases(), *attention_cases()]
+    return [*expert_cases(), *routing_cases(), *dense_cases(), *attention_cases(), *mla_cases()]
 
 
 def all_checks(device: torch.device, scale: str) -> list[Check]:

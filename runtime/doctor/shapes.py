@@ -19,7 +19,8 @@ class Shapes:
     """One model's sizes, and how many tokens a step has.
 
     `num_experts` is the router's, `num_local_experts` those of one process, which is given a share of `num_processes`
-    of the routed rows. `chunk_tokens` and `training_tokens` are attention's: one block of a prefill, one document.
+    of the routed rows. `query_latent` is 0 where queries have none. `chunk_tokens` and `training_tokens` are
+    attention's: one block of a prefill, one document.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Shapes:
     num_groups: int
     num_kept_groups: int
     num_heads: int
+    query_latent: int
     latent: int
     rope: int
     nope: int
@@ -86,6 +88,7 @@ DEEPSEEK_V3 = Shapes(
     num_groups=8,
     num_kept_groups=4,
     num_heads=128,
+    query_latent=1536,
     latent=512,
     rope=64,
     nope=128,
@@ -112,6 +115,7 @@ def demo_shapes() -> Shapes:
         num_groups=config.n_group,
         num_kept_groups=config.topk_group,
         num_heads=config.num_attention_heads,
+        query_latent=config.q_lora_rank or 0,
         latent=config.kv_lora_rank,
         rope=config.qk_rope_head_dim,
         nope=config.qk_nope_head_dim,

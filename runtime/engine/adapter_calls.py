@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from runtime.adapters.info import AdapterInfo
+from runtime.adapters.info import AdapterInfo, AliasInfo
 from runtime.adapters.record import AdapterRecord
 from runtime.adapters.store import AdapterStore
 from runtime.engine.messages import (
     AdapterCall,
     AdapterReply,
+    AliasChanged,
     AliasReply,
     CallFailed,
     CallId,
@@ -59,8 +60,10 @@ class AdapterCalls:
                 aliases = registry.aliases()
             elif command.adapter:
                 aliases = [registry.set_alias(command.alias, command.adapter)]
+                self._emit(AliasChanged(aliases[0]))
             else:
                 aliases = [registry.delete_alias(command.alias)]
+                self._emit(AliasChanged(AliasInfo(command.alias, "")))
             self._emit(AliasReply(command.call_id, aliases))
         except GraftError as error:
             self._emit(_failed(command.call_id, error))
@@ -87,4 +90,5 @@ class AdapterCalls:
 
 
 def _failed(call_id: CallId, error: GraftError) -> CallFailed:
-    return CallFailed(call_id, error.kind, error.message, error.reason, error.field, list(error.problems))
+    told = (error.message, error.reason, error.field, list(error.problems), error.retry_seconds)
+    return CallFailed(call_id, error.kind, *told)

@@ -322,7 +322,8 @@ class Engine:
 
     def _fail(self, request_id: RequestId, error: GraftError) -> None:
         kind: ErrorKind = error.kind
-        self._events.append(RequestFailed(request_id, kind, error.message, error.reason, error.field))
+        told = (error.message, error.reason, error.field, error.retry_seconds)
+        self._events.append(RequestFailed(request_id, kind, *told))
 
 
 def _output(sequence: Sequence, token: SampledToken, reason: FinishReason | None) -> SequenceOutput:

@@ -242,13 +242,14 @@ class StepOutputs:
 
 @dataclass(frozen=True)
 class RequestFailed:
-    """A request that was refused or broken off with an error."""
+    """A request that was refused or broken off with an error; `retry_seconds` is that of the error."""
 
     request_id: RequestId
     kind: ErrorKind
     message: str
     reason: str
     field: str = ""
+    retry_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,13 @@ class AdapterChanged:
 
 
 @dataclass(frozen=True)
+class AliasChanged:
+    """An alias stands for another adapter from now on; for none, "", if it was deleted."""
+
+    alias: AliasInfo
+
+
+@dataclass(frozen=True)
 class CallFailed:
     """An adapter call that failed; `problems` lists each defect of a refused file."""
 
@@ -297,6 +305,7 @@ class CallFailed:
     reason: str
     field: str = ""
     problems: list[str] = dataclass_field(default_factory=list)
+    retry_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -310,4 +319,4 @@ AdapterCall = LoadAdapter | UnloadAdapter | PinAdapter | SetAlias | ListAliases 
 Command = AddRequest | CancelRequest | PauseRequest | AdapterCall | Shutdown
 Reply = AdapterReply | AliasReply | CallFailed
 RequestEvent = RequestAccepted | PromptScored | RequestFailed
-Event = EngineReady | StepOutputs | RequestEvent | AdapterChanged | Reply | EngineFailed
+Event = EngineReady | StepOutputs | RequestEvent | AdapterChanged | AliasChanged | Reply | EngineFailed

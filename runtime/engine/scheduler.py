@@ -1,14 +1,16 @@
-"""Which sequences run in the next step: decodes first, then prefill chunks, oldest request first."""
+"""Which sequences run in the next step: decodes first, then prefill chunks, and who begins, adapters taking turns."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from runtime.engine.admission_pace import AdmissionPace
 from runtime.engine.batch import Batch, Chunk, PromptTargets
+from runtime.engine.fair_order import FairOrder
 from runtime.engine.kv_cache import BlockPool
 from runtime.engine.messages import FinishReason, RequestId
 from runtime.engine.sequence import Sequence
@@ -40,6 +42,7 @@ class Scheduler:
         self._awaiting: dict[RequestId, Sequence] = {}
         self._paused: dict[RequestId, Sequence] = {}
         self._pace = AdmissionPace()
+        self._fair_order = FairOrder()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -98,8 +101,11 @@ class Scheduler:
         return sum(bool(sequence.blocks) for sequence in self._paused.values())
 
     def can_run(self) -> bool:
-        """Whether a step would compute anything."""
-        return any(not sequence.is_held for sequence in self.sequences())
+        """Whether a step would compute anything: one that runs is not held, or one that waits could begin."""
+        if any(not sequence.is_held for sequence in self.running):
+            return True
+        first = next(self._candidates(), None) if self._num_seats() > 0 else None
+        return first is not None and self._has_room(self.blocks.blocks_for(len(first.token_ids)))
 
     def estimated_wait_seconds(self) -> float:
         """How long a request that came now would wait for its first step; 0 if none waits."""
@@ -198,12 +204,10 @@ class Scheduler:
         One that is held is passed over; one that lacks blocks is not, or it would never run.
         """
         admitted: list[Sequence] = []
-        seats = self.limits.max_batch_size - sum(not sequence.paused for sequence in self.running)
-        for sequence in list(self.waiting):
-            if budget <= 0 or len(admitted) >= seats:
-                break
-            if sequence.is_held:
-                continue
+        seats = self._num_seats()
+        if budget <= 0 or seats <= 0:
+            return admitted
+        for sequence in self._candidates():
             needed = self.blocks.blocks_for(len(sequence.token_ids))
             if not self._make_room(needed):
                 break
@@ -213,22 +217,37 @@ class Scheduler:
             if sequence.adapter is not None:
                 sequence.adapter.num_running += 1
                 sequence.adapter.has_run = True
+            self._fair_order.give(sequence)
             if sequence.queue_seconds is None:
                 sequence.queue_seconds = time.monotonic() - sequence.arrived
             admitted.append(sequence)
             budget -= sequence.num_pending
+            if budget <= 0 or len(admitted) >= seats:
+                break
         return admitted
+
+    def _num_seats(self) -> int:
+        """Places that are free in a batch."""
+        return self.limits.max_batch_size - sum(not sequence.paused for sequence in self.running)
+
+    def _candidates(self) -> Iterator[Sequence]:
+        """Who may begin, in the order in which they do."""
+        ready = [sequence for sequence in self.waiting if not sequence.is_held]
+        return self._fair_order.order(ready, [sequence for sequence in self.running if not sequence.paused])
 
     def _make_room(self, num_blocks: int) -> bool:
         """Whether so many blocks are free, if need be after paused sequences gave up theirs, youngest first."""
-        if self.blocks.can_allocate(num_blocks):
-            return True
-        paused = [sequence for sequence in self.running if sequence.paused]
-        if num_blocks > self.blocks.num_free + sum(len(sequence.blocks) for sequence in paused):
+        if not self._has_room(num_blocks):
             return False
+        paused = [sequence for sequence in self.running if sequence.paused]
         while not self.blocks.can_allocate(num_blocks):
             self._preempt(paused.pop())
         return True
+
+    def _has_room(self, num_blocks: int) -> bool:
+        """Whether so many blocks are free, or would be without the paused sequences."""
+        paused = sum(len(sequence.blocks) for sequence in self.running if sequence.paused)
+        return self.blocks.can_allocate(num_blocks) or num_blocks <= self.blocks.num_free + paused
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         stop = min(sequence.num_computed + budget, len(sequence.token_ids))

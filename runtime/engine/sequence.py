@@ -69,6 +69,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def has_begun(self) -> bool:
+        """Whether it has had a place in a batch, now or before it was preempted."""
+        return self.queue_seconds is not None
+
+    @property
     def slot(self) -> int:
         """The adapter's device slot, or that of the base."""
         return BASE_SLOT if self.adapter is None else self.adapter.slot

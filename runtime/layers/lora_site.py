@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -38,6 +39,10 @@ class StepLora(Protocol):
 
     def factors_of_rows(self, module: str, rows: list[int]) -> list[tuple[slice, Tensor, Tensor]]:
         """For each run of `rows` (ascending token indices) with one adapter: the run, A [K, R] and B [R, N]."""
+        ...
+
+    def adapts(self, modules: Sequence[str]) -> bool:
+        """Whether an adapter of this step changes one of these linear modules, by their full names."""
         ...
 
     def route_keys(self, experts_TE: Tensor) -> tuple[Tensor, int]:

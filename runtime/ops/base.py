@@ -15,10 +15,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from runtime import env
 from runtime.ops import reference, reference_routing
 from runtime.ops.frozen_groups import FrozenGroups, PlainGroups
 from runtime.ops.latent_cache import DecodeContext, LatentCache
 from runtime.ops.lora_rows import LoraRows
+from runtime.ops.mla_weights import MlaWeights
 from runtime.ops.rotation import Rotation
 from runtime.ops.routing import RoutingRule, SortedRows
 
@@ -166,6 +168,34 @@ class Ops(ABC):
         """Norm each row's latent, rotate its key part, and write both into its slot, int64, no slot twice."""
         reference.write_latents(cache, kv_TX, norm_weight_C, eps, rotation, slots_T)
 
+    def pack_mla(self, weights: MlaWeights) -> MlaWeights:
+        """Weights as `decode_queries` multiplies by them fastest; they replace those that were loaded.
+
+        Their shapes stay, and `linear` takes them.
+        """
+        return weights
+
+    def decode_queries(
+        self, x_TK: Tensor, weights: MlaWeights, rotation: Rotation, cache: LatentCache, slots_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """All that MLA does with its input x before it decodes, where no LoRA takes part.
+
+        Writes each row's latent and key part into its slot, int64, no slot twice, and returns the queries of
+        `mla_decode`: absorbed [T, H, C] and rotated [T, H, D].
+        """
+        query = x_TK
+        if weights.query_latent is not None:
+            latent = weights.query_latent
+            query = self.rms_norm(self.linear(x_TK, latent.down_RK), latent.norm_R, weights.eps)
+        num_heads, num_nope, _ = weights.key_up_HNC.shape
+        query_THX = self.linear(query, weights.query_up_OR).view(x_TK.shape[0], num_heads, -1)
+        query_THN, query_THD = query_THX[..., :num_nope], query_THX[..., num_nope:]
+        query_THD = self.rotate_interleaved(query_THD, rotation)
+        kv_TX = self.linear(x_TK, weights.kv_down_XK)
+        self.write_latents(cache, kv_TX, weights.kv_norm_C, weights.eps, rotation, slots_T)
+        query_HTC = torch.bmm(query_THN.transpose(0, 1), weights.key_up_HNC)
+        return query_HTC.transpose(0, 1).contiguous(), query_THD
+
     def mla_decode(
         self, query_BHC: Tensor, query_BHD: Tensor, cache: LatentCache, context: DecodeContext, scale: float
     ) -> Tensor:
@@ -203,5 +233,5 @@ def make_ops(device: torch.device) -> Ops:
     if device.type == "npu":
         from runtime.ops.npu.ops import NpuOps
 
-        return NpuOps()
+        return NpuOps(mla_prolog=env.allows_mla_prolog())
     raise ValueError(f"device = {device.type!r} has no back-end here: use cpu, cuda or npu")

@@ -10,11 +10,11 @@ logger = logging.getLogger(__name__)
 _told: Counter[tuple[str, str]] = Counter()
 
 
-def tell_once(operator: str, reason: str) -> None:
-    """Log that an operator was replaced by plain PyTorch, and why; the same again says nothing."""
+def tell_once(operator: str, reason: str, instead: str = "plain PyTorch operations on the device") -> None:
+    """Log that an operator was replaced, by what, and why; the same again says nothing."""
     _told[operator, reason] += 1
     if _told[operator, reason] == 1:
-        logger.warning("%s is replaced by plain PyTorch operations on the device: %s", operator, reason)
+        logger.warning("%s is replaced by %s: %s", operator, instead, reason)
 
 
 def replaced() -> Counter[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -133,12 +134,16 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         """A snapshot, and then every change in order until the server ends or the watcher falls behind."""
         watch = AdapterWatch()
         with self._client.watch_adapters(watch):
-            while True:
-                info = await watch.take()
-                if info is None:
-                    yield pb.WatchAdaptersResponse(snapshot_complete=True)
-                else:
-                    yield pb.WatchAdaptersResponse(adapter=self._resource(info))
+            try:
+                while True:
+                    info = await watch.take()
+                    if info is None:
+                        yield pb.WatchAdaptersResponse(snapshot_complete=True)
+                    else:
+                        yield pb.WatchAdaptersResponse(adapter=self._resource(info))
+            except (asyncio.CancelledError, GeneratorExit):
+                watch.raise_if_lost()
+                raise
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.PinAdapterResponse:
         """Keep it on the device."""

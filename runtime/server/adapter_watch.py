@@ -16,7 +16,10 @@ WatchItem: TypeAlias = AdapterInfo | None
 
 
 class AdapterWatch:
-    """Fed by the client of the engine. A watcher for whom too many changes wait loses them all and is told so."""
+    """Fed by the client of the engine. A watcher for whom too many changes wait loses them all and is told so.
+
+    One that is stuck in gRPC by then, because nothing is read there, is taken out, so that it holds nothing any more.
+    """
 
     def __init__(self, max_queued: int = MAX_QUEUED_CHANGES) -> None:
         self._max_queued = self._limit = max_queued
@@ -24,6 +27,9 @@ class AdapterWatch:
         self._has_begun = False
         self._failure: GraftError | None = None
         self._arrival = asyncio.Event()
+        self._is_awaited = False
+        self._reader: asyncio.Task[object] | None = None
+        self._is_lost = False
 
     def begin(self, adapters: list[AdapterInfo]) -> None:
         """The snapshot, which knows of every change before it."""
@@ -42,6 +48,9 @@ class AdapterWatch:
             message = f"{self._max_queued} changes wait to be read, the most that may: watch again for a new snapshot"
             self._items.clear()
             self.end(Exhausted(message, reason="WATCHER_TOO_SLOW", retry_seconds=0.0))
+            if self._reader is not None and not self._is_awaited:
+                self._is_lost = True
+                self._reader.cancel()
 
     def end(self, error: GraftError) -> None:
         """Nothing more comes; the watcher meets the error behind what came before."""
@@ -50,12 +59,24 @@ class AdapterWatch:
 
     async def take(self) -> WatchItem:
         """The next adapter, or None where the snapshot ends; raises what ended the watch."""
+        self._reader = asyncio.current_task()
         while not self._items:
             if self._failure is not None:
                 raise self._failure
             self._arrival.clear()
-            await self._arrival.wait()
+            self._is_awaited = True
+            try:
+                await self._arrival.wait()
+            finally:
+                self._is_awaited = False
         item = self._items.popleft()
         if item is None:
             self._limit = self._max_queued
         return item
+
+    def raise_if_lost(self) -> None:
+        """For a watcher that was cancelled: raise the reason if its own slowness is it."""
+        if self._is_lost and self._failure is not None and self._reader is not None:
+            self._is_lost = False
+            self._reader.uncancel()
+            raise self._failure

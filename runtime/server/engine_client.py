@@ -7,7 +7,7 @@ import itertools
 import logging
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -18,6 +18,7 @@ from runtime.engine.messages import (
     AdapterInfo,
     AdapterReply,
     AddRequest,
+    AliasChanged,
     AliasInfo,
     AliasReply,
     CallFailed,
@@ -41,12 +42,11 @@ from runtime.engine.process import DEFAULT_ENGINE
 from runtime.engine.sampling_params import SamplingParams
 from runtime.engine.transport import TransportError, encode, receive
 from runtime.env import child_environment
-from runtime.errors import ErrorKind, GraftError, Internal, Unavailable, error_of_kind
+from runtime.errors import GraftError, Internal, Unavailable, error_of_kind
 from runtime.server.adapter_watch import AdapterWatch
 from runtime.server.output_stream import OutputStream, ReaderBounds
 
 STOP_SECONDS = 10.0
-RETRY_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class EngineClient:
         self._streams: dict[RequestId, OutputStream] = {}
         self._calls: dict[CallId, asyncio.Future[AdapterReply | AliasReply]] = {}
         self._watches: dict[CallId, AdapterWatch] = {}
+        self._aliases: dict[str, str] = {}
         self._ids = itertools.count(1)
         self._is_unheard = False
         self._process: asyncio.subprocess.Process | None = None
@@ -98,6 +99,11 @@ class EngineClient:
     def is_busy(self) -> bool:
         """Whether the engine has, or should have by now, a request to compute for."""
         return self.stats.running > self.stats.paused or self._is_unheard
+
+    def adapter_named(self, reference: str) -> str:
+        """The adapter that NAME, ALIAS or NAME@GENERATION means, as far as the engine has told of its aliases."""
+        name = reference.partition("@")[0]
+        return self._aliases.get(name, name)
 
     def add(
         self, prompt_ids: list[int], params: SamplingParams, adapter: str | None, deadline: float | None
@@ -215,9 +221,10 @@ class EngineClient:
                 for output in outputs:
                     if (stream := self._streams.get(output.request_id)) is not None:
                         stream.push(output)
-            case RequestFailed(request_id, kind, message, reason, field):
+            case RequestFailed(request_id, kind, message, reason, field, seconds):
                 if (stream := self._streams.get(request_id)) is not None:
-                    stream.fail(_told_error(kind, message, reason, field))
+                    error = error_of_kind(kind, message, reason=reason, field=field, retry_seconds=seconds)
+                    stream.fail(error)
             case PromptScored(request_id):
                 if (stream := self._streams.get(request_id)) is not None:
                     stream.push_scores(event)
@@ -233,8 +240,14 @@ class EngineClient:
             case AdapterReply(call_id) | AliasReply(call_id):
                 if (future := self._calls.get(call_id)) is not None and not future.done():
                     future.set_result(event)
-            case CallFailed(call_id, kind, message, reason, field, problems):
-                error = _told_error(kind, message, reason, field, problems)
+            case AliasChanged(alias):
+                self._aliases[alias.alias] = alias.adapter
+                if not alias.adapter:
+                    del self._aliases[alias.alias]
+            case CallFailed(call_id, kind, message, reason, field, problems, seconds):
+                error = error_of_kind(
+                    kind, message, reason=reason, field=field, problems=problems, retry_seconds=seconds
+                )
                 if (future := self._calls.get(call_id)) is not None and not future.done():
                     future.set_exception(error)
                 else:
@@ -260,13 +273,3 @@ class EngineClient:
 
 def _ignore(_: object) -> None:
     """Until somebody wants to know."""
-
-
-def _told_error(
-    kind: ErrorKind, message: str, reason: str, field: str, problems: Sequence[str] = ()
-) -> GraftError:
-    """A full queue empties soon, and a lost process comes again, so the client is told when to come back."""
-    error = error_of_kind(kind, message, reason=reason, field=field, problems=problems)
-    if kind in (ErrorKind.RESOURCE_EXHAUSTED, ErrorKind.UNAVAILABLE):
-        error.retry_seconds = RETRY_SECONDS
-    return error

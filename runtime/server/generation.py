@@ -37,6 +37,11 @@ class PreparedRequest:
     deadline: float | None
     arrived: float
 
+    @property
+    def num_tokens(self) -> int:
+        """The most tokens that prompt and answer may come to."""
+        return len(self.prompt_ids) + self.params.max_new_tokens
+
 
 @dataclass(slots=True)
 class Progress:
@@ -100,7 +105,7 @@ class TextGenerator:
         )
         num_generated = 0
         stream = self._client.add(request.prompt_ids, request.params, request.adapter, request.deadline)
-        name = request.adapter and label_of(request.adapter)
+        name = request.adapter and label_of(request.adapter, self._client.adapter_named)
         timer = self._metrics.start_request(len(request.prompt_ids), name, request.arrived)
         try:
             call.attach(stream)

@@ -14,6 +14,7 @@ from runtime.engine.messages import TokenScore
 from runtime.errors import InvalidRequest, NotFound
 from runtime.pb.fmaas import generation_pb2 as pb
 from runtime.pb.fmaas import generation_pb2_grpc as pb_grpc
+from runtime.server.adapter_quotas import AdapterQuotas, Places
 from runtime.server.admission import Admission
 from runtime.server.calls import Call
 from runtime.server.engine_client import EngineClient
@@ -31,30 +32,36 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     generator: TextGenerator
 
     def __init__(
-        self, client: EngineClient, gate: Gate, register: Callable[[str | None], Awaitable[None]]
+        self,
+        client: EngineClient,
+        gate: Gate,
+        quotas: AdapterQuotas,
+        register: Callable[[str | None], Awaitable[None]],
     ) -> None:
         """`register` lets the engine know an adapter that lies under the adapters root, before it is asked for."""
         self._client = client
         self._gate = gate
         self._register = register
-        self._admission = Admission(client, gate)
+        self._admission = Admission(client, gate, quotas)
 
     async def Generate(self, request: pb.BatchedGenerationRequest, context: Context) -> pb.BatchedGenerationResponse:
         """All texts of the batch, or one error for all of it."""
         with self._admission.enter(context) as call, _tgis_errors():
             adapter = validate_adapter_id(request.adapter_id, request.prefix_id)
             call.adapter = adapter or ""
-            await self._register(adapter)
             limits = self.generator.limits
             options = validate_parameters(request.params, limits)
             if len(request.requests) > limits.max_batch_requests:
                 message = f"{len(request.requests)} requests in one batch; the limit is {limits.max_batch_requests}"
                 raise InvalidRequest(message, reason="BATCH_TOO_LARGE", field="requests")
-            prepared = [
-                await self.generator.prepare(item.text, options, adapter, f"requests[{index}].text")
-                for index, item in enumerate(request.requests)
-            ]
-            return pb.BatchedGenerationResponse(responses=await self._complete_all(prepared, call))
+            with self._admission.places(context, adapter, len(request.requests)) as places:
+                await self._register(adapter)
+                prepared = [
+                    await self.generator.prepare(item.text, options, adapter, f"requests[{index}].text")
+                    for index, item in enumerate(request.requests)
+                ]
+                places.add_tokens([item.num_tokens for item in prepared])
+                return pb.BatchedGenerationResponse(responses=await self._complete_all(prepared, call, places))
 
     async def GenerateStream(
         self, request: pb.SingleGenerationRequest, context: Context
@@ -63,21 +70,23 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         with self._admission.enter(context) as call, _tgis_errors():
             adapter = validate_adapter_id(request.adapter_id, request.prefix_id)
             call.adapter = adapter or ""
-            await self._register(adapter)
             options = validate_parameters(request.params, self.generator.limits)
-            prepared = await self.generator.prepare(request.request.text, options, adapter, "request.text")
-            async with aclosing(self.generator.run(prepared, call)) as progresses:
-                is_first = True
-                scores: list[TokenScore] = []
-                async for progress in progresses:
-                    scores += progress.prompt_scores
-                    if is_first and (progress.outputs or progress.stop_reason != pb.NOT_FINISHED):
-                        await context.send_initial_metadata(call.metadata)
-                        yield head(prepared, scores, self.generator.tokenizer)
-                        is_first = False
-                    response = delta(prepared, progress, self.generator.tokenizer)
-                    if response.text or response.tokens or response.stop_reason != pb.NOT_FINISHED:
-                        yield response
+            with self._admission.places(context, adapter, 1) as places:
+                await self._register(adapter)
+                prepared = await self.generator.prepare(request.request.text, options, adapter, "request.text")
+                places.add_tokens([prepared.num_tokens])
+                async with aclosing(self.generator.run(prepared, call)) as progresses:
+                    is_first = True
+                    scores: list[TokenScore] = []
+                    async for progress in progresses:
+                        scores += progress.prompt_scores
+                        if is_first and (progress.outputs or progress.stop_reason != pb.NOT_FINISHED):
+                            await context.send_initial_metadata(call.metadata)
+                            yield head(prepared, scores, self.generator.tokenizer)
+                            is_first = False
+                        response = delta(prepared, progress, self.generator.tokenizer)
+                        if response.text or response.tokens or response.stop_reason != pb.NOT_FINISHED:
+                            yield response
 
     async def Tokenize(self, request: pb.BatchedTokenizeRequest, context: Context) -> pb.BatchedTokenizeResponse:
         """Counts, and on request the tokens and their places in the text."""
@@ -104,16 +113,18 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             max_new_tokens=limits.max_new_tokens,
         )
 
-    async def _complete_all(self, prepared: list[PreparedRequest], call: Call) -> list[pb.GenerationResponse]:
+    async def _complete_all(
+        self, prepared: list[PreparedRequest], call: Call, places: Places
+    ) -> list[pb.GenerationResponse]:
         """Run all together; the first failure ends the others."""
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._complete(item, call)) for item in prepared]
+                tasks = [group.create_task(self._complete(item, call, places)) for item in prepared]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _complete(self, prepared: PreparedRequest, call: Call) -> pb.GenerationResponse:
+    async def _complete(self, prepared: PreparedRequest, call: Call, places: Places) -> pb.GenerationResponse:
         response = pb.GenerationResponse()
         texts: list[str] = []
         scores: list[TokenScore] = []
@@ -122,6 +133,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                 scores += progress.prompt_scores
                 texts.append(progress.text)
                 response.MergeFrom(delta(prepared, progress, self.generator.tokenizer))
+        places.end_one(prepared.num_tokens)
         first = head(prepared, scores, self.generator.tokenizer)
         response.MergeFrom(first)
         response.text = first.text + "".join(texts)

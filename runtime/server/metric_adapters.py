@@ -86,9 +86,12 @@ class AdapterSeries:
         return ",".join(sorted(self._loaded.keys() & calls.keys()))
 
 
-def label_of(reference: str) -> str:
-    """The name under which a request counts: without its generation; a weighted sum as it is, so among the others."""
-    return reference if is_sum(reference) else reference.partition("@")[0]
+def label_of(reference: str, adapter_named: Callable[[str], str]) -> str:
+    """The name under which a request counts: the adapter's, whatever alias or generation the request gives.
+
+    A weighted sum counts as it is, and so among the others.
+    """
+    return reference if is_sum(reference) else adapter_named(reference)
 
 
 def _decrease(calls: Counter[str], name: str) -> None:

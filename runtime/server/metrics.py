@@ -17,7 +17,14 @@ from runtime.server.metric_engine import engine_families
 from runtime.server.metric_series import MODEL_LABEL, PREFIX, LabelledCounter, PlainHistogram
 from runtime.server.request_timer import RequestSeries, RequestTimer
 
-ADMISSION_REASONS = ("QUEUE_FULL", "STARTING", "DRAINING", "DEADLINE_TOO_SHORT")
+ADMISSION_REASONS = (
+    "QUEUE_FULL",
+    "ADAPTER_REQUESTS_FULL",
+    "ADAPTER_TOKENS_FULL",
+    "STARTING",
+    "DRAINING",
+    "DEADLINE_TOO_SHORT",
+)
 MAX_FAILURE_SERIES = 128
 MANIFEST_OUTCOMES = ("applied", "failed")
 

@@ -23,6 +23,7 @@ from runtime.errors import Precondition
 from runtime.pb.fmaas import generation_pb2_grpc
 from runtime.pb.graft.admin.v1 import adapters_pb2_grpc, server_pb2_grpc
 from runtime.server.adapter_manifest import AdapterManifest
+from runtime.server.adapter_quotas import AdapterQuotas
 from runtime.server.adapter_root import AdapterRoot
 from runtime.server.adapter_service import AdapterService
 from runtime.server.drain import Drain
@@ -76,7 +77,8 @@ class Server:
         self._client.on_step = self._metrics.count_step
         self._client.on_adapters = self._update_adapters
         self._root = AdapterRoot(self._client, config.adapters_root if config.adapters_on_demand else None)
-        self._generation = GenerationService(self._client, self._gate, self._root.register)
+        quotas = AdapterQuotas(config.max_adapter_requests, config.max_adapter_tokens)
+        self._generation = GenerationService(self._client, self._gate, quotas, self._root.register)
         self._service = ServerService(config, self._client, self._gate, self._health, self._drain)
         self._http = HttpServer(self._client, self._gate, self._health, self._metrics, config.model_name)
         self._watching: asyncio.Task[None] | None = None

@@ -14,6 +14,8 @@ from runtime.errors import ErrorKind, GraftError
 
 DOMAIN = "graft"
 DETAILS_KEY = "grpc-status-details-bin"  # the trailer that grpcio-status and other languages read
+PUSHBACK_KEY = "grpc-retry-pushback-ms"  # the trailer that gRPC's own retries obey (gRFC A6)
+NEVER = "-1"
 MAX_MESSAGE_CHARS = 1000
 MAX_PROBLEMS_CHARS = 4000  # trailers share an 8 KiB header budget
 
@@ -40,7 +42,7 @@ def status_of(error: GraftError) -> status_pb2.Status:
         details.append(error_details_pb2.QuotaFailure(violations=[quota]))
     if error.retry_seconds is not None:
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(math.ceil(error.retry_seconds * 1000))
+        retry.retry_delay.FromMilliseconds(_milliseconds(error.retry_seconds))
         details.append(retry)
     status = status_pb2.Status(code=code_of(error.kind).value[0], message=_short(error.message))
     for detail in details:
@@ -48,11 +50,28 @@ def status_of(error: GraftError) -> status_pb2.Status:
     return status
 
 
+def pushback_of(error: GraftError) -> tuple[tuple[str, str], ...]:
+    """What gRPC clients that retry by themselves are told: when, or that waiting does not help.
+
+    UNAVAILABLE without a time says nothing: the client's own backoff decides, and may go to another server.
+    """
+    if error.kind not in (ErrorKind.RESOURCE_EXHAUSTED, ErrorKind.UNAVAILABLE):
+        return ()
+    if error.retry_seconds is not None:
+        return ((PUSHBACK_KEY, str(_milliseconds(error.retry_seconds))),)
+    return ((PUSHBACK_KEY, NEVER),) if error.kind is ErrorKind.RESOURCE_EXHAUSTED else ()
+
+
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: GraftError) -> None:
     """End the call with this error; never returns."""
     status = status_of(error)
-    trailers = (*(context.trailing_metadata() or ()), (DETAILS_KEY, status.SerializeToString()))
+    ours = (*pushback_of(error), (DETAILS_KEY, status.SerializeToString()))
+    trailers = (*(context.trailing_metadata() or ()), *ours)
     await context.abort(code_of(error.kind), status.message, trailers)
+
+
+def _milliseconds(seconds: float) -> int:
+    return math.ceil(seconds * 1000)
 
 
 def _that_fit(problems: Sequence[str]) -> list[str]:

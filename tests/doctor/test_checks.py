@@ -66,9 +66,10 @@ def test_a_wrong_operation_fails_its_own_checks_and_no_others() -> None:
 def test_an_operation_that_raises_becomes_its_row_and_the_run_goes_on() -> None:
     rows = rows_of(RaisingNorm())
     failed = [row for row in rows if row.status == FAILED]
-    assert {row.operation for row in failed} == {"rms_norm"}
+    # `decode_queries` norms its query, which has a latent in the demo, by the same entry of the table.
+    assert {row.operation for row in failed} == {"rms_norm", "decode_queries"}
     assert failed[0].note == "RuntimeError: aclnnRmsNorm failed, error code is 507015"
-    assert rows[-1].operation == "attention" and rows[-1].status == PASSED
+    assert next(row for row in rows if row.operation == "attention").status == PASSED
 
 
 def test_a_result_that_is_not_a_number_fails() -> None:
@@ -78,8 +79,9 @@ def test_a_result_that_is_not_a_number_fails() -> None:
             y_TN[-1, -1] = float("nan")
             return y_TN
 
-    errors = [row.error for row in rows_of(Broken()) if row.status == FAILED]
-    assert errors == [float("inf")] * 2
+    failed = [row for row in rows_of(Broken()) if row.status == FAILED]
+    assert [row.operation for row in failed] == ["rms_norm", "rms_norm", "decode_queries"]
+    assert {row.error for row in failed} == {float("inf")}
 
 
 def test_what_does_not_fit_is_skipped_with_the_bytes_that_it_needs() -> None:

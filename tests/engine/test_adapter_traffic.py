@@ -200,6 +200,29 @@ def test_a_steady_stream_for_one_adapter_does_not_starve_another(
         assert all(driver.outcomes[request].tokens == expected[0] for request in steady)
 
 
+def test_a_flood_on_one_adapter_holds_up_another_by_one_turn(
+    base: Oracle, files: list[Path], expected: list[list[int]], record_number: RecordNumber
+) -> None:
+    """Steps from arrival to end, for a request of its own adapter behind 60 others, with two places in a batch."""
+    with driven_engine(_config(base, max_batch_size=2)) as driver:
+        for name, path in zip(("flooding", "other"), files, strict=False):
+            driver.load(name, path)
+        flood = [_ask(driver, base, "flooding") for _ in range(60)]
+        worst = 0
+        for lead in range(4):
+            for _ in range(lead):
+                driver.step()
+            single, began = _ask(driver, base, "other"), driver.stats.steps
+            driver.run([single])
+            assert driver.outcomes[single].tokens == expected[1]
+            worst = max(worst, driver.stats.steps - began)
+        assert sum(not driver.outcomes[request].ended for request in flood) > 30
+        # Two turns of six tokens at most before it (the head of the queue may have the first), and its own.
+        record_number("a request behind 60 of another adapter: steps to its end", worst, at_most=3 * NUM_TOKENS + 3)
+        driver.run()
+        assert all(driver.outcomes[request].tokens == expected[0] for request in flood)
+
+
 def test_who_waits_too_long_for_a_slot_is_refused_with_the_numbers(
     base: Oracle, files: list[Path], expected: list[list[int]]
 ) -> None:

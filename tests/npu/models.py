@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from runtime.models.deepseek.config import DeepseekConfig
 from runtime.models.deepseek.model import DeepseekModel
 from runtime.ops.base import Ops
 from runtime.ops.cpu import CpuOps
+from tests.oracle.adapters import KINDS, AdapterRecipe
 from tests.oracle.driver import Driver, driven_engine
 
 CPU = torch.device("cpu")
@@ -61,6 +62,16 @@ V2_LITE_CHOICE: dict[str, Any] = {
     "routed_scaling_factor": 1.0,
     "scoring_func": "softmax",
     "topk_method": "greedy",
+}
+
+EXPERTS_ONLY, HALF = ("routed_experts",), torch.bfloat16
+RECIPES = {
+    "everything-8": AdapterRecipe(KINDS, lora_rank=8, seed=1, dtype=HALF),
+    "experts-16-third": AdapterRecipe(
+        EXPERTS_ONLY, lora_rank=16, seed=2, covers=lambda layer, expert: (layer + expert) % 3 == 0, dtype=HALF
+    ),
+    "experts-32": AdapterRecipe(EXPERTS_ONLY, lora_rank=32, alpha=32.0, seed=3, dtype=HALF),
+    "attention-4": AdapterRecipe(("kv_b_proj", "q_b_proj", "o_proj"), lora_rank=4, seed=4, dtype=HALF),
 }
 
 
@@ -144,6 +155,30 @@ def feed(
         for _ in range(num_steps)
     )
     return torch.stack([runner.run(batch).logits for batch in batches])
+
+
+def fed(
+    ops: Ops,
+    base: Path,
+    adapters: Sequence[Path],
+    dtype: str,
+    num_steps: int,
+    watch: Callable[[DeepseekModel], None] = lambda model: None,
+) -> Tensor:
+    """Prompts of very different lengths over the base and all adapters, then decode steps of all at once.
+
+    Logits [steps, sequences, vocabulary], the base's two sequences first. `watch` is given the model before it runs.
+    """
+    slots = [-1, -1, *range(len(adapters))]
+    with engine_with(ops, base, adapters, dtype) as driver:
+        watch(driver.engine.runner.model)
+        num_prompt_tokens = [7, 45, 30, 61, 1, 20, 33, 16][: len(slots)]
+        return feed(driver.engine.runner, num_prompt_tokens, slots, num_steps)
+
+
+def relative_errors(seen: Tensor, exact: Tensor) -> Tensor:
+    """Of each token's logits: the root mean square of the difference over that of the exact ones."""
+    return (seen - exact).square().mean(-1).sqrt() / exact.square().mean(-1).sqrt()
 
 
 def random_tokens(num_tokens: int, seed: int) -> list[int]:

@@ -73,13 +73,9 @@ def test_products_along_rows_are_float32_and_zero_for_idle_groups(dtype: torch.d
     torch.testing.assert_close(seen, reference.grouped_outer(x, y, torch.tensor(counts)), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("what", "sizes"), [("experts", (1025, 8, 8)), ("inputs", (2, 65_536, 8))])
-def test_sizes_beyond_the_operator_are_refused_in_a_sentence(what: str, sizes: tuple[int, int, int]) -> None:
-    groups, width, columns = sizes
-    counts = torch.zeros(groups, dtype=torch.int64)
-    counts[0] = 1
-    with pytest.raises(ValueError, match=rf"npu_grouped_matmul: \d+ {what}"):
-        OPS.grouped_matmul(torch.zeros(1, width), torch.zeros(groups, 1, width, columns), counts)
+def test_sizes_beyond_the_operator_are_refused_in_a_sentence() -> None:
+    with pytest.raises(ValueError, match=r"npu_grouped_matmul: \d+ inputs"):
+        OPS.grouped_matmul(torch.zeros(1, 65_536), torch.zeros(2, 1, 65_536, 8), torch.tensor([1, 0]))
 
 
 @with_dtypes

@@ -45,9 +45,9 @@ class _Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _pages(config: DeepseekConfig, num_adapters: int) -> DevicePages:
-    """Adapters of rank 16 on all routed experts, and on kv_b and o of the layer."""
-    linears = ("model.layers.0.self_attn.kv_b_proj", "model.layers.0.self_attn.o_proj")
+def _pages(config: DeepseekConfig, num_adapters: int, leaves: Sequence[str]) -> DevicePages:
+    """Adapters of rank 16 on all routed experts, and on some projections of the layer's attention."""
+    linears = [f"model.layers.0.self_attn.{leaf}" for leaf in leaves]
     adapter = meta_adapter(config, list(range(config.n_routed_experts)), linears)
     return meta_pages(config, adapter, num_adapters)
 
@@ -70,9 +70,19 @@ def _batch(num_decodes: int, num_prefill: int, num_context: int) -> AttentionBat
     )
 
 
-def _run(config: DeepseekConfig, num_adapters: int, batch: AttentionBatch) -> Counter[str]:
+def _run(
+    config: DeepseekConfig,
+    num_adapters: int,
+    batch: AttentionBatch,
+    leaves: Sequence[str] = ("kv_b_proj", "o_proj"),
+    *,
+    is_loaded: bool = False,
+) -> Counter[str]:
+    """The operators of one layer, after what follows the loading of its weights if `is_loaded`."""
     placement = Placement(META, torch.bfloat16, OPS)
     layer = DecoderLayer(0, config, placement)
+    if is_loaded:
+        layer.self_attn.absorb_weights()
     cache = OPS.make_cache(NUM_BLOCKS * BLOCK_TOKENS, BLOCK_TOKENS, (512, 64), torch.bfloat16, META)
     num_tokens, num_decodes = batch.positions_T.shape[0], len(batch.decode_rows)
     x_TH = torch.empty(num_tokens, config.hidden_size, dtype=torch.bfloat16, device=META)
@@ -82,7 +92,7 @@ def _run(config: DeepseekConfig, num_adapters: int, batch: AttentionBatch) -> Co
         slots = sorted(row % (num_adapters + 1) - 1 for row in range(num_decodes))
         slots += [num_adapters - 1] * len(batch.prefills)
         counts = [1] * num_decodes + [span.stop - span.start for span in batch.prefills]
-        lora = LoraPlan(_pages(config, num_adapters), OPS, slots, counts, META)
+        lora = LoraPlan(_pages(config, num_adapters, leaves), OPS, slots, counts, META)
     with torch.inference_mode(), _Counted() as counted:
         out_TH, residual_TH = layer(x_TH, x_TH, Rotation(angles_TF, angles_TF), cache, batch, lora)
     assert out_TH.shape == residual_TH.shape == x_TH.shape and out_TH.dtype is torch.bfloat16
@@ -108,3 +118,20 @@ def test_every_operator_of_a_layer_accepts_its_arguments(
     if not num_prefill:
         dense = 2 if num_adapters else 0  # o_proj; kv_b is applied within the absorbed products
         assert calls["npu_grouped_matmul"] == expert_launches + dense
+
+
+@pytest.mark.parametrize("changes", [V3, EP16, V2_LITE], ids=["V3", "V3 EP16", "V2-Lite"])
+@pytest.mark.parametrize("leaves", [(), ("o_proj",), ("q_b_proj",), ("kv_b_proj",)], ids=str)
+@pytest.mark.parametrize("num_adapters", [0, 8])
+def test_mlas_projections_are_one_operator_where_nothing_is_on_them(
+    changes: Mapping[str, Any], leaves: tuple[str, ...], num_adapters: int
+) -> None:
+    """The shape function is torch_npu's own; for `npu_format_cast` it has none."""
+    if changes is V2_LITE and leaves == ("q_b_proj",):
+        leaves = ("q_proj",)
+    calls = _run(real_config(changes), num_adapters, _batch(128, 0, 0), leaves, is_loaded=True)
+    is_adapted = num_adapters > 0 and leaves not in ((), ("o_proj",))
+    num_prologs = int(changes is not V2_LITE and not is_adapted)
+    assert calls["npu_mla_prolog_v3"] == num_prologs
+    assert calls["npu_kv_rmsnorm_rope_cache"] == calls["npu_interleave_rope"] == 1 - num_prologs
+    assert calls["npu_fused_infer_attention_score_v2"] == 1

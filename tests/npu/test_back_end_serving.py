@@ -15,20 +15,22 @@ from runtime.ops.cpu import CpuOps
 from runtime.ops.npu.ops import NpuOps
 from tests.conftest import RecordNumber
 from tests.npu import bench
-from tests.npu.models import OPERATOR_SIZES, V2_LITE_CHOICE, TinyBase, engine_with, feed, random_tokens, write_base
+from tests.npu.models import (
+    OPERATOR_SIZES,
+    RECIPES,
+    V2_LITE_CHOICE,
+    TinyBase,
+    engine_with,
+    fed,
+    feed,
+    random_tokens,
+    relative_errors,
+    write_base,
+)
 from tests.npu.no_waiting import WaitsForDevice, no_waiting
-from tests.oracle.adapters import KINDS, AdapterRecipe, write_adapter
+from tests.oracle.adapters import write_adapter
 
 NUM_DECODED = 64
-EXPERTS_ONLY, HALF = ("routed_experts",), torch.bfloat16
-RECIPES = {
-    "everything-8": AdapterRecipe(KINDS, lora_rank=8, seed=1, dtype=HALF),
-    "experts-16-third": AdapterRecipe(
-        EXPERTS_ONLY, lora_rank=16, seed=2, covers=lambda layer, expert: (layer + expert) % 3 == 0, dtype=HALF
-    ),
-    "experts-32": AdapterRecipe(EXPERTS_ONLY, lora_rank=32, alpha=32.0, seed=3, dtype=HALF),
-    "attention-4": AdapterRecipe(("kv_b_proj", "q_b_proj", "o_proj"), lora_rank=4, seed=4, dtype=HALF),
-}
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +85,6 @@ def test_the_demo_with_its_adapters_gives_the_references_tokens(
     record_number("demo in float32, logits vs the CPU's", largest, at_most=1e-4)
 
 
-def _fed(ops: Ops, base: TinyBase, adapters: list[Path], dtype: str, num_steps: int) -> Tensor:
-    """Prompts of very different lengths over the base and all adapters, then decode steps of all at once."""
-    slots = [-1, -1, *range(len(adapters))]
-    with engine_with(ops, base.path, adapters, dtype) as driver:
-        return feed(driver.engine.runner, [7, 45, 30, 61, 1, 20, 33][: len(slots)], slots, num_steps)
-
-
 @pytest.mark.parametrize("choice", [{}, V2_LITE_CHOICE], ids=["V3", "V2-Lite"])
 def test_operators_of_deepseeks_own_sizes_give_the_references_logits_in_bfloat16(
     choice: dict[str, object], tmp_path: Path, record_number: RecordNumber
@@ -103,33 +98,28 @@ def test_operators_of_deepseeks_own_sizes_give_the_references_logits_in_bfloat16
     base = write_base(tmp_path / "base", OPERATOR_SIZES | two_routed_layers | choice, seed=5)
     recipes = {name: recipe for name, recipe in RECIPES.items() if name != "attention-4"}
     adapters = [write_adapter(base.path, tmp_path / name, recipe).path for name, recipe in recipes.items()]
-    exact = _fed(CpuOps(), base, adapters, "float32", 4 + NUM_DECODED)
-    plain = _fed(CpuOps(), base, adapters, "bfloat16", 4 + NUM_DECODED)
+    exact = fed(CpuOps(), base.path, adapters, "float32", 4 + NUM_DECODED)
+    plain = fed(CpuOps(), base.path, adapters, "bfloat16", 4 + NUM_DECODED)
     bench.calls.clear()
-    seen = _fed(NpuOps(), base, adapters, "bfloat16", 4 + NUM_DECODED)
+    seen = fed(NpuOps(), base.path, adapters, "bfloat16", 4 + NUM_DECODED)
     for name in (
         "npu_grouped_matmul", "npu_kv_rmsnorm_rope_cache", "npu_interleave_rope", "npu_fused_infer_attention_score",
         "npu_fused_infer_attention_score_v2", "npu_moe_gating_top_k", "npu_add_rms_norm",
     ):  # fmt: skip
         assert bench.calls[name] > 0, name
     kind = "V2-Lite" if choice else "V3"
-    errors, plain_errors = (_relative_errors(each, exact) for each in (seen, plain))
+    errors, plain_errors = (relative_errors(each, exact) for each in (seen, plain))
     ratio = (errors.mean() / plain_errors.mean()).item()
     record_number(f"{kind} sizes in bfloat16: mean error / the CPU's bfloat16 mean error", ratio, at_most=1.25)
     record_number(f"{kind} sizes in bfloat16: median error of a token", errors.median().item(), at_most=2e-2)
 
 
-def _relative_errors(seen: Tensor, exact: Tensor) -> Tensor:
-    """Of each token's logits: the root mean square of the difference over that of the exact ones."""
-    return (seen - exact).square().mean(-1).sqrt() / exact.square().mean(-1).sqrt()
-
-
 def test_the_same_in_float32_where_operators_allow_it(
     base: TinyBase, adapters: list[Path], record_number: RecordNumber
 ) -> None:
-    seen = _fed(NpuOps(), base, adapters, "float32", 24)
+    seen = fed(NpuOps(), base.path, adapters, "float32", 24)
     assert bench.calls["npu_rotary_mul"] > 0 and bench.calls["npu_scatter_nd_update_"] > 0
-    largest = (seen - _fed(CpuOps(), base, adapters, "float32", 24)).abs().max().item()
+    largest = (seen - fed(CpuOps(), base.path, adapters, "float32", 24)).abs().max().item()
     record_number("operator sizes in float32, logits vs the CPU's", largest, at_most=1e-4)
 
 

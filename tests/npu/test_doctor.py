@@ -18,7 +18,7 @@ from tests.npu import bench
 
 CPU = torch.device("cpu")
 # The sizes that operators have opinions on are attention's and the number of experts; the rest may be small here.
-NARROW_V3 = replace(DEEPSEEK_V3.reduced(), hidden=256, expert_width=64)
+NARROW_V3 = replace(DEEPSEEK_V3.reduced(), expert_width=64, num_heads=4)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_every_check_passes_at_the_demos_sizes_and_says_which_operators_were_rep
     rows = rows_of(demo_shapes(), torch.bfloat16, torch.float32)
     assert {row.name: row.note for row in rows if row.status != PASSED} == {}
     replaced = {row.operation for row in rows if row.replaced}
-    assert replaced == {"rotate_interleaved", "write_latents", "mla_decode", "attend_block"}
+    assert replaced == {"rotate_interleaved", "write_latents", "mla_decode", "attend_block", "decode_queries"}
     assert all(row.replaced for row in rows if row.operation == "mla_decode")
 
 
@@ -47,6 +47,7 @@ def test_every_check_passes_at_deepseek_v3s_sizes_without_a_replacement() -> Non
     assert [row.name for row in rows if row.replaced] == []
     ran = (bench.calls - before).keys()
     assert {"npu_grouped_matmul", "npu_moe_gating_top_k", "npu_interleave_rope", "npu_kv_rmsnorm_rope_cache"} <= ran
+    assert "npu_mla_prolog_v3" in ran
 
 
 def test_a_training_step_equals_the_reference() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.npu_launches import CASES, RESULTS, _counts, by_kind, predict
+from benchmarks.npu_launches import RESULTS, _counts, by_kind, cases_of, predict
 from benchmarks.npu_steps import MODELS, UPLOAD, Case, Model, Part, is_lora, kind_of, record_step
 from runtime.ops.npu.ops import NpuOps
 from tests.npu import bench
@@ -19,6 +19,7 @@ from tests.oracle.adapters import AdapterRecipe, write_adapter
 
 # 16 experts, so that 64 adapters have 1,024 pages in a layer.
 SMALL = Model("small", OPERATOR_SIZES | {"num_hidden_layers": 4, "moe_intermediate_size": 64}, 1, 3)
+V3, DENSE = MODELS["V3 EP16"], "dense layer"
 LORA_PRODUCTS = 5  # A of gate and up, B of gate, B of up; A and B of down
 
 
@@ -54,6 +55,24 @@ def test_what_stands_for_all_layers_is_uploaded_and_computed_once() -> None:
         assert parts["first routed layer"][UPLOAD] > 0
         assert parts["routed layer"][UPLOAD] == parts["first dense layer"][UPLOAD] == 0
         assert parts["routed layer"].total() < parts["first routed layer"].total()
+
+
+def test_mlas_projections_are_one_launch_in_place_of_nine() -> None:
+    """Adapters on the experts leave it so, and what it moves is the same."""
+    for num_adapters in (0, 3):
+        one, separate = (
+            next(part for part in record_step(V3, Case(8, num_adapters, mla_prolog=allowed)) if part.name == DENSE)
+            for allowed in (True, False)
+        )
+        kinds, before = (Counter(kind_of(launch) for launch in part.launches) for part in (one, separate))
+        assert kinds - before == {"npu_mla_prolog_v3": 1}
+        assert before - kinds == {
+            "aten.mm": 3, "npu_rms_norm": 1, "aten.clone": 2, "npu_interleave_rope": 1, "npu_kv_rmsnorm_rope_cache": 1,
+            "aten.bmm": 1,
+        }  # fmt: skip
+        flops = [sum(launch.flops for launch in part.launches) for part in (one, separate)]
+        read = [sum(launch.bytes_read for launch in part.launches) for part in (one, separate)]
+        assert flops[0] == flops[1] and 0.9 * read[1] < read[0] < read[1]
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +121,10 @@ def test_a_prediction_is_the_longer_of_computing_and_moving_after_the_start() ->
 def test_the_committed_counts_are_those_of_the_code(name: str) -> None:
     """After a change that moves them: `make npu-launches`, and the tables of docs/ascend.md."""
     committed = json.loads((RESULTS / "npu_launches.json").read_text(encoding="utf-8"))["models"][name]
-    assert list(committed) == [case.label for case in CASES]
-    for case in (Case(32, 0), Case(32, 8), Case(32, 8, coverage=0.1), Case(2048, 1, prefill=True)):
+    cases = cases_of(name)
+    assert list(committed) == [case.label for case in cases]
+    checked = (Case(32, 0), Case(32, 8), Case(32, 8, coverage=0.1), Case(2048, 1, prefill=True))
+    for case in (*checked, *(case for case in cases if not case.mla_prolog)):
         for part, stored in zip(record_step(MODELS[name], case), committed[case.label]["parts"], strict=True):
             seen = {kind: _counts(launches) for kind, launches in by_kind(part.launches).items()}
             assert (part.name, part.times, seen) == (stored["name"], stored["times"], stored["operators"]), case.label

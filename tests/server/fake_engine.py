@@ -20,6 +20,9 @@ from runtime.engine.messages import (
     AdapterInfo,
     AdapterReply,
     AddRequest,
+    AliasChanged,
+    AliasInfo,
+    AliasReply,
     CallFailed,
     CancelRequest,
     Command,
@@ -33,6 +36,7 @@ from runtime.engine.messages import (
     RequestAccepted,
     RequestFailed,
     SequenceOutput,
+    SetAlias,
     StepOutputs,
     TopToken,
     UnloadAdapter,
@@ -72,6 +76,7 @@ class FakeEngine:
         self._wake = threading.Condition()
         self._running: dict[int, FakeSequence] = {}
         self._adapters: dict[str, AdapterInfo] = {}
+        self._aliases: dict[str, str] = {}
         self._generations = 0
         self._max_waiting = config.max_waiting_requests
 
@@ -153,6 +158,10 @@ class FakeEngine:
                     return [AdapterReply(call_id, []) if allow_missing else _missing(call_id, name)]
                 unloaded = replace(adapter, state="UNLOADED", slot=-1, device_bytes=0, freed_device_bytes=1000)
                 return [AdapterChanged(unloaded), AdapterReply(call_id, [unloaded])]
+            case SetAlias(call_id, alias, adapter):
+                self._aliases[alias] = adapter
+                told = AliasInfo(alias, adapter)
+                return [AliasChanged(told), AliasReply(call_id, [told])]
             case ListAdapters(call_id, name):
                 if name and name not in self._adapters:
                     return [_missing(call_id, name)]
@@ -162,7 +171,10 @@ class FakeEngine:
     def _add(self, request: AddRequest) -> list[Event]:
         if len(self._running) >= self._max_waiting:
             message = f"{len(self._running)} requests wait already"
-            return [RequestFailed(request.request_id, ErrorKind.RESOURCE_EXHAUSTED, message, "QUEUE_FULL")]
+            kind = ErrorKind.RESOURCE_EXHAUSTED
+            return [RequestFailed(request.request_id, kind, message, "QUEUE_FULL", retry_seconds=0.5)]
+        if request.adapter in self._aliases:
+            request = replace(request, adapter=self._aliases[request.adapter])
         if request.adapter is not None and request.adapter not in self._adapters:
             message = f"there is no adapter {request.adapter!r}"
             return [RequestFailed(request.request_id, ErrorKind.NOT_FOUND, message, "ADAPTER_NOT_FOUND", "adapter_id")]

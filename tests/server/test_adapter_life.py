@@ -74,11 +74,16 @@ def test_the_trailer_names_the_generation_and_a_replacement_changes_both(server:
 def test_an_alias_moves_and_the_trailer_says_to_whom(server: LiveServer) -> None:
     _load(server, "iso", ISO)
     _load(server, "us", US)
-    answers = {}
+    answers, counted = {}, {}
+    before = {name: server.metric(f'graft_adapter_requests_total{{adapter="{name}"') for name in ("iso", "us")}
+    others = server.metric('graft_adapter_requests_total{adapter="other"')
     for name in ("iso", "us"):
         server.adapters.SetAlias(pb.SetAliasRequest(alias="live", adapter_id=name))
         answers[name] = _answer(server, "live")
         assert answers[name] == _answer(server, name)
+        counted[name] = server.metric(f'graft_adapter_requests_total{{adapter="{name}"') - before[name]
+    assert counted == {"iso": 2, "us": 2}, "what comes by an alias counts under the adapter"
+    assert server.metric('graft_adapter_requests_total{adapter="other"') == others
     assert answers["iso"][0] != answers["us"][0]
     shown = server.adapters.GetAdapter(pb.GetAdapterRequest(name="live")).adapter
     assert shown.name == "adapters/us" and list(shown.layers)

@@ -44,6 +44,7 @@ def test_an_adapter_is_loaded_listed_shown_and_unloaded(server: LiveServer, caps
         (("generate", "--server", "{grpc}", "--adapter", "nobody", "x"), "no adapter 'nobody' (adapter_id)"),
         (("generate", "--server", "127.0.0.1:1", "x"), "no server answers at 127.0.0.1:1"),
         (("adapters", "list", "--admin", "127.0.0.1:1"), "no server answers at 127.0.0.1:1"),
+        (("adapters", "compose", "x", "--from", "a=zero", "--admin", "127.0.0.1:1"), "'zero' is not a weight"),
         (("adapters", "load", "x", "../y", "--admin", "{admin}"), "relative to the adapters root"),
         (("adapters", "load", "x", "broken", "--admin", "{admin}"), "  - layer 4: not finite"),
         (("serve", "/nowhere"), "model = '/nowhere' is out of range: an existing directory"),

@@ -101,6 +101,8 @@ def test_every_flag_of_serve_reaches_its_setting() -> None:
         "--stall-seconds": "3.5",
         "--max-connection-age": "4.5",
         "--max-waiting-requests": "5",
+        "--max-adapter-requests": "3",
+        "--max-adapter-tokens": "9000",
         "--max-new-tokens": "600",
         "--default-max-new-tokens": "7",
     }
@@ -112,6 +114,8 @@ def test_every_flag_of_serve_reaches_its_setting() -> None:
         config.stall_seconds,
         config.max_connection_age_seconds,
         config.engine.max_waiting_requests,
+        config.max_adapter_requests,
+        config.max_adapter_tokens,
         config.max_new_tokens_limit,
         config.default_max_new_tokens,
     )
@@ -123,3 +127,4 @@ def test_serve_without_flags_has_the_stated_defaults() -> None:
     assert (config.drain_delay_seconds, config.drain_timeout_seconds) == (5.0, 60.0)
     assert (config.stall_seconds, config.max_connection_age_seconds) == (120.0, 1800.0)
     assert (config.max_new_tokens_limit, config.default_max_new_tokens) == (1024, 20)
+    assert (config.max_adapter_requests, config.max_adapter_tokens) == (512, 0)

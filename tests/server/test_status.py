@@ -18,7 +18,7 @@ from runtime.errors import (
     Precondition,
     Unavailable,
 )
-from runtime.server.status import code_of, status_of
+from runtime.server.status import code_of, pushback_of, status_of
 
 
 def details(error: GraftError) -> dict[str, object]:
@@ -62,3 +62,19 @@ def test_every_problem_is_listed_until_the_trailer_is_full() -> None:
     many = details(error)["PreconditionFailure"].violations
     assert many[-1].description == f"and {1000 - (len(many) - 1)} more"
     assert status_of(error).ByteSize() < 6000
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (Exhausted("full", reason="QUEUE_FULL", retry_seconds=1.5), "1500"),
+        (Exhausted("slow", reason="WATCHER_TOO_SLOW", retry_seconds=0.0), "0"),
+        (Exhausted("large", reason="ADAPTER_MEMORY_FULL"), "-1"),
+        (Unavailable("starting", reason="STARTING", retry_seconds=1.0), "1000"),
+        (Unavailable("draining", reason="DRAINING"), None),
+        (InvalidRequest("wrong", reason="INVALID_PARAMETER", retry_seconds=1.0), None),
+    ],
+    ids=lambda value: getattr(value, "reason", value),
+)
+def test_clients_that_retry_by_themselves_are_told_when_never_or_nothing(error: GraftError, told: str | None) -> None:
+    assert dict(pushback_of(error)).get("grpc-retry-pushback-ms") == told

@@ -41,7 +41,7 @@ MESSAGES = [
         [SequenceOutput(RequestId(1), 5, -0.5, 2, [TopToken(5, -0.5)], FinishReason.EOS, 0.25)], EngineStats(running=3)
     ),
     AdapterReply(CallId(2), [AdapterInfo("a", 3, "sha256:x", "READY", target_modules=["q_proj"], warnings=["w"])]),
-    CallFailed(CallId(2), ErrorKind.ABORTED, "m", "R", problems=["p"]),
+    CallFailed(CallId(2), ErrorKind.ABORTED, "m", "R", problems=["p"], retry_seconds=0.5),
     Shutdown(),
 ]
 

@@ -19,6 +19,7 @@ from runtime.models.deepseek.attention_batch import AttentionBatch, PrefillSpan
 from runtime.models.deepseek.config import DeepseekConfig
 from runtime.models.deepseek.rope import softmax_scale
 from runtime.ops.latent_cache import LatentCache
+from runtime.ops.mla_weights import MlaWeights, QueryLatent
 from runtime.ops.reference import merge_blocks
 from runtime.ops.rotation import Rotation
 
@@ -57,6 +58,11 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_layernorm = RmsNorm(config.kv_lora_rank, LATENT_NORM_EPS, placement)
         self.kv_b_proj = projection("kv_b_proj")
         self.o_proj = projection("o_proj")
+        self.input_modules = [
+            f"{name}.{leaf}"
+            for leaf in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+            if f"{name}.{leaf}" in shapes
+        ]
         # kv_b once more, head by head: a view of it would be copied for every product of every step.
         key_up_HNC = placement.empty(self.num_heads, self.nope, self.num_latent)
         value_up_HCV = placement.empty(self.num_heads, self.num_latent, self.value)
@@ -64,11 +70,29 @@ class MultiHeadLatentAttention(nn.Module):
         self.register_buffer("value_up_HCV", value_up_HCV.data, persistent=False)
 
     def absorb_weights(self) -> None:
-        """Fill what decoding multiplies by, once kv_b is loaded."""
+        """Once the weights are loaded: fill what decoding multiplies by, and lay its projections out for the device."""
         weight_HOC = self.kv_b_proj.weight.view(self.num_heads, self.nope + self.value, self.num_latent)
         key_up_HNC, value_up_HVC = weight_HOC.split((self.nope, self.value), dim=1)
         self.key_up_HNC.copy_(key_up_HNC)
         self.value_up_HCV.copy_(value_up_HVC.transpose(1, 2))
+        packed = self.ops.pack_mla(self._input_weights())
+        self._query_up.weight = nn.Parameter(packed.query_up_OR, requires_grad=False)
+        self.kv_a_proj_with_mqa.weight = nn.Parameter(packed.kv_down_XK, requires_grad=False)
+        if packed.query_latent is not None:
+            self.q_a_proj.weight = nn.Parameter(packed.query_latent.down_RK, requires_grad=False)
+
+    @property
+    def _query_up(self) -> Linear:
+        return self.q_b_proj if self.has_query_latent else self.q_proj
+
+    def _input_weights(self) -> MlaWeights:
+        latent = None
+        if self.has_query_latent:
+            latent = QueryLatent(self.q_a_proj.weight, self.q_a_layernorm.weight)
+        norm = self.kv_a_layernorm
+        return MlaWeights(
+            latent, self._query_up.weight, self.key_up_HNC, self.kv_a_proj_with_mqa.weight, norm.weight, norm.eps
+        )
 
     def forward(
         self,
@@ -79,6 +103,11 @@ class MultiHeadLatentAttention(nn.Module):
         lora: StepLora | None,
     ) -> Tensor:
         """[T, hidden] -> [T, hidden]; writes the step's latents into the layer's cache first."""
+        if not batch.prefills and (lora is None or not lora.adapts(self.input_modules)):
+            queries = self.ops.decode_queries(x_TK, self._input_weights(), rotation, cache, batch.write_slots_T)
+            latent_THC = self.ops.mla_decode(*queries, cache, batch.decode_context, self.scale)
+            plain_TK: Tensor = self.o_proj(self._values(latent_THC).flatten(1), lora)
+            return plain_TK
         query_nope, query_rope = self._queries(x_TK, lora).split((self.nope, self.rope), dim=-1)
         query_rope = self.ops.rotate_interleaved(query_rope, rotation)
         kv_TX = self.kv_a_proj_with_mqa(x_TK, lora)
@@ -120,11 +149,14 @@ class MultiHeadLatentAttention(nn.Module):
             b_RHN = b_RO.view(-1, self.num_heads, self.nope + self.value)[..., : self.nope]
             query_BHC[rows] += torch.einsum("bhn,rhn->bhr", query_nope[rows], b_RHN) @ a_CR.T
         latent_BHC = self.ops.mla_decode(query_BHC, query_rope, cache, batch.decode_context, self.scale)
-        out_BHV = torch.bmm(latent_BHC.transpose(0, 1), self.value_up_HCV).transpose(0, 1)
+        out_BHV = self._values(latent_BHC)
         for rows, a_CR, b_RO in factors:
             b_RHV = b_RO.view(-1, self.num_heads, self.nope + self.value)[..., self.nope :]
             out_BHV[rows] += torch.einsum("bhr,rhv->bhv", latent_BHC[rows] @ a_CR, b_RHV)
         return out_BHV
+
+    def _values(self, latent_BHC: Tensor) -> Tensor:
+        return torch.bmm(latent_BHC.transpose(0, 1), self.value_up_HCV).transpose(0, 1)
 
     def _prefill(
         self, query_THN: Tensor, query_THD: Tensor, cache: LatentCache, span: PrefillSpan, lora: StepLora | None

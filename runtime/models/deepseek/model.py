@@ -130,6 +130,7 @@ def load_model(
     with torch.no_grad():
         for name, tensor in plan.stream(placement.dtype, progress):
             destinations[name].copy_(tensor.view(destinations[name].shape))
+        destinations.clear()  # packing replaces weights, and those that were loaded are not to be kept
         for module in model.modules():
             if isinstance(module, MultiHeadLatentAttention):
                 module.absorb_weights()

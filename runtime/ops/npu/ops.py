@@ -10,7 +10,8 @@ from torch import Tensor
 from runtime.ops.base import Ops
 from runtime.ops.latent_cache import DecodeContext, LatentCache
 from runtime.ops.lora_rows import LoraRows
-from runtime.ops.npu import attention, grouped, norms, routing, training
+from runtime.ops.mla_weights import MlaWeights
+from runtime.ops.npu import attention, grouped, norms, prolog, routing, training
 from runtime.ops.rotation import Rotation
 from runtime.ops.routing import RoutingRule, SortedRows
 
@@ -22,6 +23,10 @@ class NpuOps(Ops):
     lora_a_rows_first = True  # so that a product with A reads long rows
     max_block_numbers = 2**27  # 256 MiB of keys and values: 3,276 of them for 128 heads
     holds_scores = False
+
+    def __init__(self, *, mla_prolog: bool = True) -> None:
+        """`mla_prolog`: whether MLA's projections may be one operator where their sizes are its own."""
+        self._mla_prolog = mla_prolog
 
     def grouped_matmul(self, x_MK: Tensor, weight_GJKW: Tensor, counts_G: Tensor) -> Tensor:
         """See `Ops.grouped_matmul`."""
@@ -90,6 +95,18 @@ class NpuOps(Ops):
     ) -> None:
         """See `Ops.write_latents`."""
         attention.write_latents(cache, kv_TX, norm_weight_C, eps, rotation, slots_T)
+
+    def pack_mla(self, weights: MlaWeights) -> MlaWeights:
+        """See `Ops.pack_mla`."""
+        return prolog.pack(weights, is_allowed=self._mla_prolog)
+
+    def decode_queries(
+        self, x_TK: Tensor, weights: MlaWeights, rotation: Rotation, cache: LatentCache, slots_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.decode_queries`."""
+        if prolog.takes(x_TK, weights, cache):
+            return prolog.decode_queries(x_TK, weights, rotation, cache, slots_T)
+        return super().decode_queries(x_TK, weights, rotation, cache, slots_T)
 
     def mla_decode(
         self, query_BHC: Tensor, query_BHD: Tensor, cache: LatentCache, context: DecodeContext, scale: float

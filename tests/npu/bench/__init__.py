@@ -20,7 +20,10 @@ __all__ = ["KERNELS", "BenchError", "Launch", "calls", "install", "on_host", "re
 # Imported when first asked for: `stubs`, beside them, must run where importing torch still fails for want of CANN.
 _HOMES = {"BenchError": "limits", "on_host": "limits", "KERNELS": "registry", "calls": "registry",
           "Launch": "recording", "record": "recording"}
-_FAMILIES = ("attention", "grouped_matmul", "merging", "norms", "rope_cache", "routing", "training_attention")
+_FAMILIES = (
+    "attention", "formats", "grouped_matmul", "merging", "norms", "prolog", "rope_cache", "routing",
+    "training_attention",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""npu_attention_update, npu_transpose_batchmatmul and npu_format_cast.
+"""npu_attention_update and npu_transpose_batchmatmul.
 
 Shape suffixes: T tokens, B batch (heads), M, K and N matrix sides.
 """
@@ -26,9 +26,7 @@ from tests.npu.bench.registry import kernel
 
 UPDATE = "npu_attention_update"
 TBMM = "npu_transpose_batchmatmul"
-CAST = "npu_format_cast"
 MAX_PARTS = 16
-FORMAT_ND = 2
 FORMAT_NZ = 29
 MAX_TBMM = 65535
 
@@ -84,20 +82,3 @@ def transpose_batchmatmul(
     limited = inner * batch if exchanged else inner
     require(limited <= MAX_TBMM, TBMM, "B K" if exchanged else "K", limited, f"it must be <= {MAX_TBMM}")
     return torch.bmm(x_BMK.float(), weight.float()).transpose(0, 1).to(input.dtype).contiguous()
-
-
-@kernel(CAST)
-def format_cast(
-    input: Tensor, acl_format: int, *, customize_dtype: int | None = None, input_dtype: int | None = None
-) -> Tensor:
-    """The same numbers; on the device their order in memory changes. FRACTAL_NZ is refused unless aligned."""
-    refuse_unmodelled(CAST, customize_dtype=customize_dtype, input_dtype=input_dtype)
-    require_one_of(CAST, "acl_format", acl_format, (FORMAT_ND, FORMAT_NZ))
-    if acl_format == FORMAT_NZ:
-        require_dtype(CAST, "input", input, (torch.float16, torch.bfloat16, torch.int8))
-        require(input.dim() in (2, 3), CAST, "input.dim()", input.dim(), "it must be 2 or 3")
-        rows, columns = input.shape[-2:]
-        unit = 32 if input.dtype == torch.int8 else 16
-        require(rows % 16 == 0 and columns % unit == 0, CAST, "K, N", (rows, columns),
-                f"FRACTAL_NZ needs multiples of 16 and {unit}")
-    return input.clone()

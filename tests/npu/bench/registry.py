@@ -23,11 +23,15 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Kernel:
-    """`run`: the CPU kernel; `formula`: what to differentiate, None for an operator without a derivative."""
+    """`run`: the CPU kernel; `formula`: what to differentiate, None for an operator without a derivative.
+
+    `on_meta`: it takes the place of a shape function, which torch_npu lacks.
+    """
 
     name: str
     run: Function
     formula: Function | None = None
+    on_meta: bool = False
 
 
 KERNELS: dict[str, Kernel] = {}
@@ -35,14 +39,16 @@ calls: Counter[str] = Counter()
 _libraries: list[torch.library.Library] = []
 
 
-def kernel(name: str, *, formula: Function | None = None) -> Callable[[Function], Function]:
+def kernel(name: str, *, formula: Function | None = None, on_meta: bool = False) -> Callable[[Function], Function]:
     """Enter the decorated function as the kernel of `npu::name`; an overload is written `name.Overload`.
 
     `formula` takes the operator's arguments and returns its first output, the only one with a gradient.
     """
 
     def enter(run: Function) -> Function:
-        KERNELS[name] = Kernel(name, run, formula)
+        if name in KERNELS:
+            raise ValueError(f"the bench has two kernels for {name}")
+        KERNELS[name] = Kernel(name, run, formula, on_meta)
         return run
 
     return enter
@@ -57,6 +63,8 @@ def register_all() -> None:
     for entry in KERNELS.values():
         library.impl(entry.name, partial(_run, entry), "CPU")
         library.impl(entry.name, partial(_run_with_autograd, entry), "AutogradCPU")
+        if entry.on_meta:
+            library.impl(entry.name, entry.run, "Meta")
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

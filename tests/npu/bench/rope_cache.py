@@ -39,7 +39,7 @@ def _rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def _interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     halves = x.float().unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     return (halves * cos.float() + _rotate_half(halves) * sin.float()).to(x.dtype)
 
@@ -63,7 +63,7 @@ def interleave_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     require_contiguous(INTERLEAVE, "x", x)
     _require_angles(INTERLEAVE, x, (("cos", cos), ("sin", sin)))
     require_shape(INTERLEAVE, "sin", sin, cos.shape)
-    return _interleaved(x, cos, sin)
+    return interleaved(x, cos, sin)
 
 
 def _rotary_formula(
@@ -172,7 +172,7 @@ def _write_latents(
     latent, rope = kv.split((NUM_LATENT, NUM_ROPE), dim=-1)
     inverse = (latent.float().square().mean(-1, keepdim=True) + epsilon).rsqrt()
     y = (latent.float() * inverse * gamma.float()).to(kv.dtype)
-    k_embed = _interleaved(rope, cos, sin)
+    k_embed = interleaved(rope, cos, sin)
     k_cache.view(-1, NUM_ROPE)[index] = k_embed.reshape(-1, NUM_ROPE)
     ckv_cache.view(-1, NUM_LATENT)[index] = y.reshape(-1, NUM_LATENT)
     return k_embed, y

@@ -72,6 +72,17 @@ def _write_latents(arguments: Arguments, _: object) -> Traffic:
                    num_bytes([arguments["kv"]]), 0)
 
 
+def _mla_prolog(arguments: Arguments, out: tuple[Tensor, ...]) -> Traffic:
+    """Each weight is read once; of the caches each token's slot is written."""
+    weights = [arguments[name] for name in ("weight_dq", "weight_uq_qr", "weight_uk", "weight_dkv_kr")]
+    others = [arguments[name] for name in ("token_x", "rmsnorm_gamma_cq", "rmsnorm_gamma_ckv", "rope_sin", "rope_cos",
+                                           "cache_index")]
+    num_tokens, width = arguments["token_x"].shape[0], arguments["weight_dkv_kr"].shape[1]
+    cached = num_tokens * width * arguments["kv_cache"].element_size()
+    flops = 2 * num_tokens * sum(weight.numel() for weight in weights)
+    return Traffic(num_bytes([*weights, *others]), num_bytes(out[:2]) + cached, flops)
+
+
 def _scatter(arguments: Arguments, _: object) -> Traffic:
     return Traffic(num_bytes([arguments["indices"], arguments["updates"]]), num_bytes([arguments["updates"]]), 0)
 
@@ -154,6 +165,7 @@ TRAFFIC: dict[str, Rule] = {
     "npu_moe_init_routing_v2": _init_routing,
     "npu_kv_rmsnorm_rope_cache": _write_latents,
     "npu_kv_rmsnorm_rope_cache_v2": _write_latents,
+    "npu_mla_prolog_v3": _mla_prolog,
     "npu_scatter_nd_update_": _scatter,
     "npu_gather_pa_kv_cache": _gather_cache,
     "npu_fused_infer_attention_score": _infer_attention("actual_seq_lengths", "actual_seq_lengths_kv"),
