@@ -41,6 +41,11 @@ demo-adapters: $(STAMP)
 test: lint types
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+## make test-history   a storm of 33,000 requests and hundreds of replacements, checked (minutes; writes benchmarks/results/)
+.PHONY: test-history
+test-history: $(STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m history -s tests/history $(PYTEST_ARGS)
+
 # The tests of the Ascend back-end have an environment of their own: where CANN is absent, a visible torch_npu breaks the
 # import of other packages (transformers among them). pip and not uv, torch first: see above.
 NPU_VENV  := .venv-npu
@@ -91,6 +96,11 @@ bench-loading: $(STAMP)
 	$(BIN)/python -m benchmarks.steps_while_loading
 	$(BIN)/python -m benchmarks.cold_adapter
 	$(BIN)/python -m benchmarks.device_bytes
+
+## make bench-many-adapters   1,000 adapters over 16 places on the device (minutes; writes benchmarks/results/)
+.PHONY: bench-many-adapters
+bench-many-adapters: $(STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.many_adapters
 
 ## make lint    ruff over the code, buf over the contracts, and whether runtime/pb and docs/api.md follow them
 lint: $(STAMP) proto-unbroken

@@ -129,11 +129,11 @@ class Loads:
         if live is not (load.live or load.record):
             message = f"adapter {command.name!r} was unloaded meanwhile: load again"
             raise Conflict(message, reason="ADAPTER_BUSY")
-        is_same = load.live is not None and load.live.digest in ("", read.digest)
+        is_same = load.live is not None and _stands_for(load.live, command, load.parts, read)
         if load.live is not None and not is_same and not command.replace:
             message = (
-                f"adapter {command.name!r} is loaded with digest {load.live.digest}, not {read.digest}: "
-                "load it with replace, or unload it first"
+                f"adapter {command.name!r} is loaded with {load.live.digest or 'files not read yet'}, "
+                f"not {read.digest}: load it with replace, or unload it first"
             )
             raise AlreadyExists(message, reason="ADAPTER_EXISTS")
         if command.validate_only:
@@ -241,6 +241,13 @@ class Loads:
 def _source(command: LoadAdapter, parts: tuple[Part, ...]) -> Source:
     sources = tuple((part.weight, part.record.source()) for part in parts)
     return Source(command.name, command.path, command.expected_digest, AdapterFacts(), None, sources)
+
+
+def _stands_for(live: AdapterRecord, command: LoadAdapter, parts: tuple[Part, ...], read: ReadAdapter) -> bool:
+    """Whether a generation is of these bytes; one that was never read is of those at its own path."""
+    if live.digest:
+        return live.digest == read.digest
+    return live.path == command.path and live.parts == parts
 
 
 def _plain(command: LoadAdapter) -> LoadAdapter:

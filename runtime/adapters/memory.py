@@ -146,13 +146,18 @@ class AdapterMemory:
 
     def _can_unpark(self, read: ReadAdapter) -> bool:
         """Whether there is room for what was read, or never will be, or nobody needs it any more."""
-        record = self._reading
-        is_needed = record is not None and (record.references > 0 or record.pinned)
-        return not is_needed or read.host.num_bytes > self.host.max_bytes or self.host.has_room(read.host.num_bytes)
+        num_bytes = read.host.num_bytes
+        return not self._is_needed(self._reading) or num_bytes > self.host.max_bytes or self.host.has_room(num_bytes)
+
+    def _is_needed(self, record: AdapterRecord | None) -> bool:
+        return record is not None and (record.references > 0 or record.pinned)
 
     def _take_in(self) -> None:
         record, read = self._reading, self._parked
         if record is None or read is None:
+            return
+        if not self._is_needed(record) and not self.host.has_room(read.host.num_bytes):
+            self._let_go(record)
             return
         try:
             if record.state is not AdapterState.UNLOADED and record.host is None:
@@ -168,6 +173,14 @@ class AdapterMemory:
             self._on_change(record)
             if record.references or record.pinned:
                 self.bring(record)
+        self._read_next()
+
+    def _let_go(self, record: AdapterRecord) -> None:
+        """Those who needed it have gone, and there is no room: that is no failure, the next one has it read again."""
+        self._reading = self._parked = None
+        if record.state is AdapterState.LOADING:
+            record.state = AdapterState.REGISTERED
+        self._on_change(record)
         self._read_next()
 
     def _fail(self, record: AdapterRecord, error: GraftError) -> None:

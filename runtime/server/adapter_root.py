@@ -10,7 +10,7 @@ from pathlib import Path
 from runtime.adapters.expression import parse_expression
 from runtime.adapters.info import AdapterInfo
 from runtime.engine.messages import LoadAdapter
-from runtime.errors import ErrorKind, GraftError
+from runtime.errors import ErrorKind, GraftError, Precondition
 from runtime.server.engine_client import EngineClient
 from runtime.server.paths import resolve_source_path
 
@@ -63,6 +63,8 @@ class AdapterRoot:
         """Runs in a thread: the root may be a slow file system."""
         try:
             folder = resolve_source_path(self._root, name)
+        except Precondition:
+            raise  # it is there, and cannot be read
         except GraftError as error:
             logger.debug("%s is not registered: %s", name, error.message)
             return None

@@ -22,9 +22,7 @@ def resolve_source_path(root: Path | None, source_path: str) -> Path:
         _require_folder(folder, source_path)
     if folder == root.resolve():
         raise _refused("source_path must name a folder below the adapters root")
-    for entry in folder.iterdir():
-        if entry.is_symlink():
-            raise _refused(f"{source_path}/{entry.name} is a symbolic link")
+    _require_no_link(folder, source_path)
     return folder
 
 
@@ -42,12 +40,28 @@ def _require_folder(path: Path, source_path: str) -> None:
     try:
         mode = path.lstat().st_mode
     except (OSError, ValueError) as error:
-        message = f"there is no folder {source_path!r} under the adapters root"
-        raise NotFound(message, reason="ADAPTER_PATH_NOT_FOUND", field="source_path") from error
+        raise _no_folder(source_path) from error
     if stat.S_ISLNK(mode):
         raise _refused(f"{source_path!r} goes through a symbolic link")
     if not stat.S_ISDIR(mode):
         raise _refused(f"{source_path!r} is not a folder")
+
+
+def _require_no_link(folder: Path, source_path: str) -> None:
+    try:
+        links = [entry.name for entry in folder.iterdir() if entry.is_symlink()]
+    except FileNotFoundError as error:
+        raise _no_folder(source_path) from error
+    except OSError as error:
+        message = f"the files of {source_path!r} cannot be listed ({error.strerror}): let the server read them"
+        raise Precondition(message, reason="ADAPTER_REFUSED", field="source_path") from error
+    if links:
+        raise _refused(f"{source_path}/{links[0]} is a symbolic link")
+
+
+def _no_folder(source_path: str) -> NotFound:
+    message = f"there is no folder {source_path!r} under the adapters root"
+    return NotFound(message, reason="ADAPTER_PATH_NOT_FOUND", field="source_path")
 
 
 def _refused(message: str) -> InvalidRequest:

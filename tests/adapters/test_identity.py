@@ -71,6 +71,21 @@ def test_replacing_by_the_same_bytes_changes_nothing(make: MakeStore, files: Fil
     assert _generations(store, "x") == [(1, "READY")]
 
 
+def test_what_is_registered_and_was_never_read_is_not_taken_for_the_bytes_of_another_folder(
+    make: MakeStore, files: Files
+) -> None:
+    store = make(max_adapters=1)
+    first = store.load("x", files["one"], lazy=True)
+    refused = store.load("x", files["two"])
+    assert isinstance(refused, AlreadyExists) and "files not read yet" in refused.message
+    second = store.load("x", files["two"], replace=True)
+    assert second.generation > first.generation and not second.already_loaded
+    store.load("other", files["three"])
+    assert store.store.acquire(f"x@{second.generation}").digest == second.digest
+    lazy = store.load("y", files["one"], lazy=True)
+    assert store.load("y", files["one"]).generation == lazy.generation
+
+
 def test_an_expected_generation_that_is_not_live_is_a_conflict_that_names_the_live_one(
     make: MakeStore, files: Files
 ) -> None:

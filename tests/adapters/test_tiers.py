@@ -209,3 +209,26 @@ def test_unloading_what_was_never_read_and_what_waits_leaves_nothing(make: MakeS
     assert all(isinstance(reply, AdapterInfo) for reply in store.wait(2))
     assert (store.store.host_bytes, store.store.pages.num_bytes, store.store.infos()) == (0, 0, [])
     assert not store.store.has_work
+
+
+def test_what_was_read_for_requests_that_have_gone_and_finds_no_room_is_no_failure(
+    make: MakeStore, files: Files, num_bytes: int
+) -> None:
+    store = make(max_adapters=1, max_host_bytes=int(1.5 * num_bytes))
+    store.load("one", files["one"])
+    running = store.store.acquire("one")
+    store.load("two", files["two"], lazy=True)
+    waiting = store.store.acquire("two")
+    store.until(lambda: waiting.host is not None)
+    store.load("three", files["three"], lazy=True)
+    gone = store.store.acquire("three")
+    store.until(lambda: store.store.memory._parked is not None)
+    store.store.release(gone)
+    store.until(lambda: store.store.memory._parked is None)
+    assert gone.state is AdapterState.REGISTERED and gone.error is None and store.in_host_memory() == {"two"}
+    later = store.store.acquire("three")
+    store.store.release(running)
+    store.until(lambda: waiting.is_resident)
+    store.store.release(waiting)
+    store.until(lambda: later.is_resident)
+    assert store.store.take_failures() == []
