@@ -21,7 +21,7 @@ from runtime.adapters.reading_protocol import (
     receive,
     send,
 )
-from runtime.adapters.shared_pages import IS_SUPPORTED
+from runtime.adapters.shared_pages import why_not_shared
 from runtime.env import child_environment, reading_niceness
 from runtime.errors import Internal, Unavailable
 
@@ -33,9 +33,10 @@ logger = logging.getLogger(__name__)
 
 def folders_reader(rules: FolderRules, *, in_process: bool) -> ReadsFolders:
     """A reader with a process of its own, as servers have it, or one that reads in the thread that asks."""
-    if in_process and not IS_SUPPORTED:
-        logger.warning("adapters are read in the engine's process: this system has no memfd_create")
-    return ReadingProcess(rules) if in_process and IS_SUPPORTED else FolderReader(rules)
+    reason = why_not_shared()
+    if in_process and reason:
+        logger.warning("adapters are read in a thread of the engine's process: %s", reason)
+    return ReadingProcess(rules) if in_process and not reason else FolderReader(rules)
 
 
 class ReadingProcess:

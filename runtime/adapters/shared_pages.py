@@ -10,6 +10,7 @@ import ctypes
 import math
 import mmap
 import os
+import resource
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,16 @@ from torch import Tensor
 _ALIGNED_BYTES = 64
 _MADV_POPULATE_WRITE = 23  # of Linux's mman.h, since 5.14; older kernels refuse it, and memory comes as it is written
 _MAP_FAILED = ctypes.c_void_p(-1).value
-IS_SUPPORTED = hasattr(os, "memfd_create")
+
+
+def why_not_shared() -> str:
+    """Why this process's children cannot hand memory over; empty if they can."""
+    if not hasattr(os, "memfd_create"):
+        return "this system has no memfd_create"
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY:
+        return f"files, and memory that is handed over, may have {limit} bytes at most (ulimit -f)"
+    return ""
 
 
 @dataclass(frozen=True)
