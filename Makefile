@@ -90,6 +90,13 @@ bench: $(STAMP)
 bench-train: $(STAMP)
 	$(BIN)/python -m benchmarks.train_vs_peft
 
+## make bench-loading   steps while adapters load, cold adapters, device bytes (ten minutes; writes benchmarks/results/)
+.PHONY: bench-loading
+bench-loading: $(STAMP)
+	$(BIN)/python -m benchmarks.steps_while_loading
+	$(BIN)/python -m benchmarks.cold_adapter
+	$(BIN)/python -m benchmarks.device_bytes
+
 ## make bench-many-adapters   1,000 adapters over 16 places on the device (minutes; writes benchmarks/results/)
 .PHONY: bench-many-adapters
 bench-many-adapters: $(STAMP)

@@ -1,5 +1,7 @@
 """LoRA adapters: recognise the layout, check every key against the base, and convert to plain factors."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,12 +47,14 @@ def load_adapter(
     max_lora_rank: int = 128,
     max_bytes: int | None = None,
     writer: str | None = None,
+    on_checked: Callable[[int], None] | None = None,
 ) -> AdapterWeights:
     """Load the adapter directory `path` for a base that offers `targets`; factors are on CPU in their stored dtype.
 
     Names, shapes and settings are checked from the headers before any weight is read. Raises AdapterError with every
     problem by name: each key is used, listed in `skipped` with its reason, or the whole load is refused. `writer`, one
-    of WRITERS, says who wrote flat stacks of experts that may be of several writers.
+    of WRITERS, says who wrote flat stacks of experts that may be of several writers. `on_checked` hears how many
+    numbers the factors have, once the headers are known to be fine.
     """
     with AdapterFolder(path, max_bytes) as folder:
         keys = sort_keys(folder.tensors, targets)
@@ -63,8 +67,9 @@ def load_adapter(
         plan = _plan(keys, context)
         _refuse(folder.path, context.problems)
         wanted = {tensor.stored.name for pair in keys.pairs for tensor in (pair.a, pair.b)}
+        if on_checked is not None:
+            on_checked(sum(math.prod(t.stored.shape) for t in folder.tensors if t.stored.name in wanted))
         tensors = folder.read(wanted)
-        digest = folder.digest
 
     context.problems.extend(non_finite(tensors))
     _refuse(folder.path, context.problems)
@@ -78,7 +83,7 @@ def load_adapter(
     return AdapterWeights(
         linears=builder.linears,
         experts=experts,
-        digest=digest,
+        digest=folder.digest,
         config=folder.config,
         layout=" + ".join(adapter_format.layout for adapter_format, _ in plan),
         skipped=(*folder.skipped, *keys.skipped, *builder.skipped),

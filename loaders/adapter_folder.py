@@ -8,8 +8,11 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ _MODEL_SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _CARD_TAG = re.compile(rb"(?im)^\s*-\s*['\"]?unsloth['\"]?\s*$")
 _MAX_SHARDS = 10_000
 _MAX_CARD_BYTES = 64 * 1024
+_RUN_BYTES = 4 * 1024 * 1024  # small tensors are read and hashed together, up to this
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # Written beside the weights by training frameworks for resuming; never opened here.
@@ -56,10 +60,12 @@ class AdapterFolder:
         self._config_file = config_file
         self.skipped: list[tuple[str, str]] = []
         self._stack = ExitStack()
-        self._hashes: list[tuple[str, int, str]] = []
+        self._hashes: list[tuple[str, int, Future[str]]] = []
+        self._hasher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-digest")
         try:
             self._open(max_bytes)
         except BaseException:
+            self._hasher.shutdown(wait=False)
             self._stack.close()
             raise
 
@@ -67,6 +73,7 @@ class AdapterFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._hasher.shutdown(wait=False)
         self._stack.close()
 
     def _open(self, max_bytes: int | None) -> None:
@@ -156,7 +163,7 @@ class AdapterFolder:
         data = os.pread(fd, MAX_CONFIG_BYTES + 1, 0)
         if len(data) > MAX_CONFIG_BYTES:
             raise AdapterError(f"{self.path}: {name} is larger than {MAX_CONFIG_BYTES} bytes")
-        self._hashes.append((name, len(data), hashlib.sha256(data).hexdigest()))
+        self._hashes.append((name, len(data), self._hasher.submit(hashlib.sha256(data).hexdigest)))
         return parse_json_object(data, f"{self.path}: {name}", AdapterError)
 
     @property
@@ -176,23 +183,53 @@ class AdapterFolder:
         return _CARD_TAG.search(os.pread(fd, _MAX_CARD_BYTES, 0)) is not None
 
     def read(self, wanted: set[str]) -> dict[str, torch.Tensor]:
-        """Read and hash all files once; returns the `wanted` tensors by key, each in memory of its own."""
+        """Read and hash all files once; returns the `wanted` tensors by key, which must not be changed.
+
+        Hashing goes on in a thread, beside the reading and what is done with the tensors; `digest` waits for it.
+        """
         tensors: dict[str, torch.Tensor] = {}
         for file in self._files:
             sha = hashlib.sha256(file.header_bytes)
-            for stored in file.tensors:
-                if stored.name in wanted:
-                    tensors[stored.name] = file.read(stored, sha.update)
+            for run in _runs(file.tensors, wanted):
+                if run[0].name in wanted:
+                    read = file.read_run(run, partial(self._hash, sha.update))
+                    tensors.update(zip((stored.name for stored in run), read, strict=True))
                 else:
-                    file.observe(stored, sha.update)
-            self._hashes.append((file.label, file.num_bytes, sha.hexdigest()))
+                    file.observe(run[0], partial(self._hash_now, sha.update))
+            self._hashes.append((file.label, file.num_bytes, self._hasher.submit(sha.hexdigest)))
         return tensors
+
+    def _hash(self, update: Callable[[memoryview], None], view: memoryview) -> Future[None]:
+        return self._hasher.submit(update, view)
+
+    def _hash_now(self, update: Callable[[memoryview], None], view: memoryview) -> None:
+        """For bytes whose place is used again."""
+        self._hash(update, view).result()
 
     @property
     def digest(self) -> str:
         """`sha256:` of the sorted lines `name size sha256` of the files read; complete after `read`."""
-        lines = "".join(f"{name} {size} {sha}\n" for name, size, sha in sorted(self._hashes))
+        hashes = sorted((name, size, sha.result()) for name, size, sha in self._hashes)
+        lines = "".join(f"{name} {size} {sha}\n" for name, size, sha in hashes)
         return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _runs(tensors: Iterable[StoredTensor], wanted: set[str]) -> Iterator[list[StoredTensor]]:
+    """All tensors in file order; wanted ones that lie side by side, aligned, together up to _RUN_BYTES."""
+    run: list[StoredTensor] = []
+    for stored in tensors:
+        if run and not _continues(run, stored, wanted):
+            yield run
+            run = []
+        run.append(stored)
+    if run:
+        yield run
+
+
+def _continues(run: list[StoredTensor], stored: StoredTensor, wanted: set[str]) -> bool:
+    start, end = run[0].offset, stored.offset + stored.num_bytes
+    is_aligned = stored.dtype is not None and (stored.offset - start) % stored.dtype.itemsize == 0
+    return {run[0].name, stored.name} <= wanted and is_aligned and end - start <= _RUN_BYTES
 
 
 def folder_digest(path: Path) -> str:

@@ -7,7 +7,7 @@ tensors the caller holds. Format: 8 bytes little-endian header length, a JSON he
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,24 @@ class SafetensorsFile:
         if observe is not None:
             observe(view)
         return torch.frombuffer(buffer, dtype=tensor.dtype, count=math.prod(tensor.shape)).view(tensor.shape)
+
+    def read_run(self, tensors: Sequence[StoredTensor], observe: Callable[[memoryview], object]) -> list[torch.Tensor]:
+        """Tensors that lie side by side, in one piece of memory that they share; `observe` sees all raw bytes at once.
+
+        Each must begin at a multiple of its item size from the first one's beginning.
+        """
+        start = tensors[0].offset
+        num_bytes = tensors[-1].offset + tensors[-1].num_bytes - start
+        raw = torch.empty(num_bytes, dtype=torch.uint8)
+        view: memoryview = memoryview(raw.numpy().data)
+        self._read_into(view, start)
+        observe(view)
+        return [self._within(raw, tensor, tensor.offset - start) for tensor in tensors]
+
+    def _within(self, raw: torch.Tensor, tensor: StoredTensor, begin: int) -> torch.Tensor:
+        if tensor.dtype is None:
+            raise self._error(f"{self.label}: {tensor.name} has the unknown dtype {tensor.dtype_name}")
+        return raw[begin : begin + tensor.num_bytes].view(tensor.dtype).view(tensor.shape)
 
     def observe(self, tensor: StoredTensor, observe: Callable[[memoryview], object]) -> None:
         """Pass a tensor's raw bytes to `observe` in bounded pieces, without making a tensor."""

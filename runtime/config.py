@@ -23,7 +23,8 @@ class EngineConfig:
     `max_adapters` slots and `adapter_memory_gib` bound what is on the device, `adapter_host_memory_gib` (0: twice as
     much) what is in host memory beside it. `replacement_experts` of each layer are set aside on the device, beside
     that memory, for ESFT adapters. While others wait for a slot, an adapter may keep its own for
-    `adapter_cycle_seconds`; a request waits for one for `max_adapter_wait_seconds` at most.
+    `adapter_cycle_seconds`; a request waits for one for `max_adapter_wait_seconds` at most. With `reading_process`,
+    as servers have it, a process of its own reads adapters, else a thread of the engine's.
     """
 
     model_path: Path
@@ -44,6 +45,7 @@ class EngineConfig:
     max_lora_rank: int = 128
     guide_cache_entries: int = 64
     guide_compile_seconds: float = 2.0
+    reading_process: bool = False
 
     def validate(self) -> None:
         """Raise ValueError naming the field, its value and the allowed range."""

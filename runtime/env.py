@@ -27,6 +27,17 @@ def default_admin() -> str:
     return os.environ.get("GRAFT_ADMIN", "127.0.0.1:8034")
 
 
+def reading_niceness() -> int:
+    """How far the process that reads adapters stands back for others: GRAFT_READING_NICENESS, 0 to 19, default 10.
+
+    Raises ValueError if it is no such number.
+    """
+    text = os.environ.get("GRAFT_READING_NICENESS", "10")
+    if not (text.isdecimal() and int(text) <= 19):
+        raise ValueError(f"the environment variable GRAFT_READING_NICENESS = {text!r} is not a number from 0 to 19")
+    return int(text)
+
+
 def child_environment() -> dict[str, str]:
     """The environment of a Python child that sees the same modules as this process."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}

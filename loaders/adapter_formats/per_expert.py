@@ -52,7 +52,7 @@ class PerExpertFormat:
         """The factors are taken as they are; an all-zero lora_B changes nothing and is left out."""
         layer, expert, projection = self._parse(pair.module)
         a, b = take(pair, tensors)
-        if not bool(b.any()):
+        if not b[0, 0] and not b.any():  # the first number alone is seen sooner
             builder.skipped.append((pair.module, "lora_B is all zero, no effect"))
             return
         name = context.rules.name_in_patterns(pair.module)

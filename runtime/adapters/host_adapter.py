@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +17,15 @@ from runtime.ops.base import Ops
 
 # Ranks are padded to multiples of this at least: strides of grouped products must be multiples of 16 bytes.
 RANK_MULTIPLE = 8
+
+_BITS = {2: torch.int16, 4: torch.int32}
+
+NewZeros = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+def new_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in memory of this process."""
+    return torch.zeros(shape, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -35,12 +44,13 @@ class FactorLayout:
         """The rank that is stored."""
         return -(-rank // self.rank_multiple) * self.rank_multiple
 
-    def new_a(self, count: int, num_in: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Zeros as they are stored, and their view [count, K, R]."""
+    def new_a(self, shape_PKR: tuple[int, int, int], dtype: torch.dtype, zeros: NewZeros) -> tuple[Tensor, Tensor]:
+        """Zeros as they are stored, and their view [P, K, R]."""
+        count, num_in, rank = shape_PKR
         if self.a_rows_first:
-            stored = torch.zeros(count, rank, num_in, dtype=dtype)
+            stored = zeros((count, rank, num_in), dtype)
             return stored, stored.transpose(1, 2)
-        stored = torch.zeros(count, num_in, rank, dtype=dtype)
+        stored = zeros(shape_PKR, dtype)
         return stored, stored
 
 
@@ -111,22 +121,25 @@ class HostAdapter:
 
 
 def to_host_adapter(
-    weights: AdapterWeights, dtype: torch.dtype, layout: FactorLayout = FactorLayout()
+    weights: AdapterWeights,
+    dtype: torch.dtype,
+    layout: FactorLayout = FactorLayout(),
+    zeros: NewZeros = new_zeros,
 ) -> HostAdapter:
     """Convert a checked adapter file; B x scale is computed in float32 before it is rounded to `dtype`.
 
-    Raises AdapterError if a factor is not finite then.
+    `zeros` gives the memory of the pages. Raises AdapterError if a factor is not finite then.
     """
-    linears = {name: _linear_pages(pair, dtype, layout) for name, pair in weights.linears.items()}
+    linears = {name: _linear_pages(pair, dtype, layout, zeros) for name, pair in weights.linears.items()}
     experts, shared_outer = {}, {}
     for layer, by_expert in weights.experts.items():
         if _has_shared_outer_factors(by_expert):
-            shared_outer[layer] = _shared_outer_pages(by_expert, dtype, layout)
+            shared_outer[layer] = _shared_outer_pages(by_expert, dtype, layout, zeros)
             continue
         by_rank: dict[int, dict[int, ExpertLora]] = {}
         for index, expert in sorted(by_expert.items()):
             by_rank.setdefault(layout.padded_rank(_rank(expert)), {})[index] = expert
-        experts[layer] = [_expert_pages(rank, group, dtype, layout) for rank, group in sorted(by_rank.items())]
+        experts[layer] = [_expert_pages(rank, group, dtype, layout, zeros) for rank, group in sorted(by_rank.items())]
     shared = {layer: [own.outer, own.inner] for layer, own in shared_outer.items()}
     require_finite(linears, {**experts, **shared})
     return HostAdapter(linears, experts, shared_outer)
@@ -154,30 +167,56 @@ def _ends(factor: Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _linear_pages(pair: LoraPair, dtype: torch.dtype, layout: FactorLayout) -> HostPages:
+def _linear_pages(pair: LoraPair, dtype: torch.dtype, layout: FactorLayout, zeros: NewZeros) -> HostPages:
     rank = layout.padded_rank(pair.lora_rank)
-    stored_a, a_KR = layout.new_a(1, pair.a.shape[1], rank, dtype)
-    b_RN = torch.zeros(1, rank, pair.b.shape[0], dtype=dtype)
-    _write_pair(pair, a_KR[0], b_RN[0])
-    return HostPages(rank, [0], {"a": stored_a, "b": b_RN}, layout.a_rows_first)
+    stored_a, a_PKR = layout.new_a((1, pair.a.shape[1], rank), dtype, zeros)
+    b_PRN = zeros((1, rank, pair.b.shape[0]), dtype)
+    _write_pairs([pair], a_PKR, b_PRN)
+    return HostPages(rank, [0], {"a": stored_a, "b": b_PRN}, layout.a_rows_first)
 
 
 def _expert_pages(
-    rank: int, experts: Mapping[int, ExpertLora], dtype: torch.dtype, layout: FactorLayout
+    rank: int,
+    experts: Mapping[int, ExpertLora],
+    dtype: torch.dtype,
+    layout: FactorLayout,
+    zeros: NewZeros = new_zeros,
 ) -> HostPages:
     """Factors: a13 [n, H, 2R] (gate, then up), b_gate and b_up [n, R, I], a2 [n, I, R], b2 [n, R, H]."""
     hidden, width = _expert_widths(experts)
     count = len(experts)
-    stored_a13, a13 = layout.new_a(count, hidden, 2 * rank, dtype)
-    stored_a2, a2 = layout.new_a(count, width, rank, dtype)
+    stored_a13, a13 = layout.new_a((count, hidden, 2 * rank), dtype, zeros)
+    stored_a2, a2 = layout.new_a((count, width, rank), dtype, zeros)
     columns = {"b_gate": width, "b_up": width, "b2": hidden}
-    bs = {name: torch.zeros(count, rank, num_out, dtype=dtype) for name, num_out in columns.items()}
-    for page, expert in enumerate(experts.values()):
-        a_gate, a_up = a13[page].split(rank, dim=1)
-        _write_pair(expert.gate, a_gate, bs["b_gate"][page])
-        _write_pair(expert.up, a_up, bs["b_up"][page])
-        _write_pair(expert.down, a2[page], bs["b2"][page])
+    bs = {name: zeros((count, rank, num_out), dtype) for name, num_out in columns.items()}
+    a_gate, a_up = a13.split(rank, dim=2)
+    _write_pairs([expert.gate for expert in experts.values()], a_gate, bs["b_gate"])
+    _write_pairs([expert.up for expert in experts.values()], a_up, bs["b_up"])
+    _write_pairs([expert.down for expert in experts.values()], a2, bs["b2"])
     return HostPages(rank, list(experts), {"a13": stored_a13, "a2": stored_a2, **bs}, layout.a_rows_first)
+
+
+def _write_pairs(pairs: Sequence[LoraPair | None], a_PKR: Tensor, b_PRN: Tensor) -> None:
+    """Write the pair of each page, if it has one; pairs of the same rank and scale together."""
+    alike: dict[tuple[int, float, torch.dtype, torch.dtype], list[int]] = {}
+    for page, pair in enumerate(pairs):
+        if pair is not None:
+            alike.setdefault((pair.lora_rank, pair.scale, pair.a.dtype, pair.b.dtype), []).append(page)
+    for (rank, scale, _, b_dtype), pages in alike.items():
+        chosen = [pair for page in pages if (pair := pairs[page]) is not None]
+        a_PRK = torch.stack([pair.a for pair in chosen]).to(a_PKR.dtype)
+        b_PNR = torch.stack([pair.b for pair in chosen])
+        if scale != 1.0 or b_dtype != b_PRN.dtype:
+            b_PNR = (b_PNR.float() * scale).to(b_PRN.dtype)
+        _copy_transposed(a_PKR[:, :, :rank], pages, a_PRK)
+        _copy_transposed(b_PRN[:, :rank], pages, b_PNR)
+
+
+def _copy_transposed(target: Tensor, pages: Sequence[int], source: Tensor) -> None:
+    """target[pages] = source, its last two dimensions swapped. NumPy does this three times as fast as PyTorch."""
+    bits = _BITS[target.element_size()]
+    where = slice(pages[0], pages[-1] + 1) if len(pages) == pages[-1] - pages[0] + 1 else pages
+    target.view(bits).numpy()[where] = source.view(bits).numpy().swapaxes(1, 2)
 
 
 def _has_shared_outer_factors(experts: Mapping[int, ExpertLora]) -> bool:
@@ -198,28 +237,40 @@ def _has_shared_outer_factors(experts: Mapping[int, ExpertLora]) -> bool:
 
 
 def _shared_outer_pages(
-    by_expert: Mapping[int, ExpertLora], dtype: torch.dtype, layout: FactorLayout
+    by_expert: Mapping[int, ExpertLora], dtype: torch.dtype, layout: FactorLayout, zeros: NewZeros
 ) -> SharedOuterPages:
     experts = dict(sorted(by_expert.items()))
-    rank = layout.padded_rank(max(map(_rank, experts.values())))
+    count, rank = len(experts), layout.padded_rank(max(map(_rank, experts.values())))
     hidden, width = _expert_widths(experts)
-    stored_a13, a13 = layout.new_a(1, hidden, 2 * rank, dtype)
-    a_gate, a_up = a13[0].split(rank, dim=1)
-    b2 = torch.zeros(1, rank, hidden, dtype=dtype)
-    stored_a2, a2 = layout.new_a(len(experts), width, rank, dtype)
-    bs = {name: torch.zeros(len(experts), rank, width, dtype=dtype) for name in ("b_gate", "b_up")}
-    for page, expert in enumerate(experts.values()):
-        # The shared halves are written once more for each expert, with the same numbers.
-        _write_pair(expert.gate, a_gate, bs["b_gate"][page])
-        _write_pair(expert.up, a_up, bs["b_up"][page])
-        _write_pair(expert.down, a2[page], b2[0])
-    outer = HostPages(rank, [0], {"a13": stored_a13, "b2": b2}, layout.a_rows_first)
-    return SharedOuterPages(outer, HostPages(rank, list(experts), {"a2": stored_a2, **bs}, layout.a_rows_first))
+    stored_a13, a13_1KR = layout.new_a((1, hidden, 2 * rank), dtype, zeros)
+    stored_a2, a2_PKR = layout.new_a((count, width, rank), dtype, zeros)
+    b2_1RN = zeros((1, rank, hidden), dtype)
+    bs_PRN = {name: zeros((count, rank, width), dtype) for name in ("b_gate", "b_up")}
+    sides = [[expert.gate for expert in experts.values()], [expert.up for expert in experts.values()]]
+    for pairs, a_1KR, b_PRN in zip(sides, a13_1KR.split(rank, dim=2), bs_PRN.values(), strict=True):
+        _write_a(_any_of(pairs), a_1KR[0])
+        for page, pair in enumerate(pairs):
+            _write_b(pair, b_PRN[page])
+    downs = [expert.down for expert in experts.values()]
+    for page, pair in enumerate(downs):
+        _write_a(pair, a2_PKR[page])
+    _write_b(_any_of(downs), b2_1RN[0])
+    outer = HostPages(rank, [0], {"a13": stored_a13, "b2": b2_1RN}, layout.a_rows_first)
+    return SharedOuterPages(outer, HostPages(rank, list(experts), {"a2": stored_a2, **bs_PRN}, layout.a_rows_first))
 
 
-def _write_pair(pair: LoraPair | None, a_KR: Tensor, b_RN: Tensor) -> None:
+def _any_of(pairs: Sequence[LoraPair | None]) -> LoraPair | None:
+    """One of them, for what all of them share."""
+    return next((pair for pair in pairs if pair is not None), None)
+
+
+def _write_a(pair: LoraPair | None, a_KR: Tensor) -> None:
     if pair is not None:
         a_KR[:, : pair.lora_rank] = pair.a.T
+
+
+def _write_b(pair: LoraPair | None, b_RN: Tensor) -> None:
+    if pair is not None:
         b_RN[: pair.lora_rank] = (pair.b.float() * pair.scale).T
 
 

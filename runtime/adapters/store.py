@@ -14,12 +14,14 @@ from runtime.adapters.device_pages import DevicePages
 from runtime.adapters.device_tier import DeviceTier
 from runtime.adapters.drains import Drains
 from runtime.adapters.expression import is_sum
+from runtime.adapters.folder_reader import FolderRules
 from runtime.adapters.host_adapter import FactorLayout
 from runtime.adapters.host_tier import HostTier
 from runtime.adapters.info import AdapterInfo, AdapterState
 from runtime.adapters.loads import Loads, Reply
 from runtime.adapters.memory import AdapterMemory
-from runtime.adapters.reader import AdapterReader, ReaderLimits
+from runtime.adapters.reader import AdapterReader, SumLimits
+from runtime.adapters.reading_process import folders_reader
 from runtime.adapters.record import AdapterRecord
 from runtime.adapters.registry import AdapterRegistry
 from runtime.adapters.replacement_experts import MAX_FILE_BYTES_PER_DEVICE_BYTE
@@ -51,7 +53,7 @@ class StoreLimits:
 
 
 class AdapterStore:
-    """Owned by the engine loop, which calls every method; only file reading and conversion run in a thread.
+    """Owned by the engine loop, which calls every method; files are read in a thread, or in a process of its own.
 
     `on_change` hears of every change of a state, a place or a pin, in order.
     """
@@ -65,6 +67,8 @@ class AdapterStore:
         wake: Callable[[], None],
         layout: FactorLayout = FactorLayout(),  # noqa: B008 - frozen
         spare: Mapping[int, ExpertGroups] | None = None,
+        *,
+        reading_process: bool = False,
     ) -> None:
         """`spare`: the base's expert groups by layer, if there are groups after them for experts of ESFT adapters."""
         num_experts = max((shape.num_experts for shape in targets.experts.values()), default=0)
@@ -73,11 +77,9 @@ class AdapterStore:
         self.on_change: Callable[[AdapterInfo], None] = _ignore
         self.have_left = False  # an adapter left the device, or has to: sequences may have to wait for it again
         max_file_bytes = MAX_FILE_BYTES_PER_DEVICE_BYTE * limits.max_device_bytes
-        room = self.pages.spare.room
-        reader_limits = ReaderLimits(
-            limits.max_lora_rank, max_file_bytes, limits.max_joined_rank, limits.max_device_bytes, room
-        )
-        reader = AdapterReader(targets, reader_limits, dtype, layout, wake)
+        rules = FolderRules(targets, limits.max_lora_rank, max_file_bytes, dtype, layout, self.pages.spare.room)
+        folders = folders_reader(rules, in_process=reading_process)
+        reader = AdapterReader(folders, SumLimits(limits.max_joined_rank, limits.max_device_bytes), wake)
         tier = DeviceTier(self.pages, limits.max_device_bytes, limits.cycle_seconds, self._moved)
         self.memory = AdapterMemory(reader, HostTier(limits.max_host_bytes), tier, self._changed)
         self._sums = AdapterSums(self.registry, self.memory, self._free_if_idle)

@@ -39,6 +39,7 @@ def build_config(options: argparse.Namespace) -> ServerConfig:
         adapter_host_memory_gib=options.adapter_host_memory_gib,
         adapter_cycle_seconds=options.adapter_cycle_seconds,
         max_adapter_wait_seconds=options.max_adapter_wait_seconds,
+        reading_process=True,
     )
     config = ServerConfig(
         engine=engine,

@@ -113,7 +113,9 @@ def make_store(
         max_copy_bytes=placement.ops.max_copy_bytes,
     )
     layout = FactorLayout.of(placement.ops)
-    store = AdapterStore(targets, limits, placement.device, placement.dtype, wake, layout, spare)
+    store = AdapterStore(
+        targets, limits, placement.device, placement.dtype, wake, layout, spare, reading_process=config.reading_process
+    )
     return store, AdapterBytes(page_bytes + room.num_bytes, host_bytes)
 
 

@@ -58,10 +58,11 @@ def _without_gradients(task: Callable[[], T]) -> T:
 @lru_cache(maxsize=4)
 def _pool(process: int, size: int) -> ThreadPoolExecutor:
     """Threads that compute on one core each; a forked process makes its own."""
-    return ThreadPoolExecutor(size, "share", initializer=_compute_on_one_core)
+    return ThreadPoolExecutor(size, "share", initializer=compute_on_one_core)
 
 
-def _compute_on_one_core() -> None:
+def compute_on_one_core() -> None:
+    """From now on the calling thread's operations take one core; for the beginning of a thread."""
     torch.get_num_threads()  # PyTorch sets a thread's number at its first use, and would undo what comes now
     for set_num_threads in _thread_count_setters():
         set_num_threads(1)

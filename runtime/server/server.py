@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 from collections.abc import Callable
@@ -191,6 +192,7 @@ async def serve(
         starting = asyncio.create_task(server.start())
         if not await _first(starting, asyncio.create_task(stop.wait())):
             return 0
+        gc.freeze()  # what is there now stays: to look through it again and again holds up all streams
         on_ready(starting.result())
         dying = asyncio.create_task(server.wait_engine_dead())
         if await _first(dying, asyncio.create_task(stop.wait())):

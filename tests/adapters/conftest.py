@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from runtime.adapters.info import AdapterInfo
+from runtime.adapters.reading_process import ReadingProcess
 from runtime.adapters.record import AdapterRecord
 from runtime.adapters.store import AdapterStore, StoreLimits
 from runtime.engine.messages import CallId, LoadAdapter, PinAdapter, UnloadAdapter
@@ -48,7 +49,7 @@ class StoreDriver:
     def __init__(
         self, base_dir: Path, *, max_adapters: int = 8, max_bytes: int = ROOMY, max_host_bytes: int = ROOMY,
         cycle_seconds: float = 1e9, replacement_experts: int = 0, dtype: torch.dtype = torch.float32,
-        max_copy_bytes: int = 8 * 2**20,
+        max_copy_bytes: int = 8 * 2**20, reading_process: bool = False,
     ) -> None:  # fmt: skip
         config = DeepseekConfig.from_dir(base_dir)
         targets = config.adapter_targets()
@@ -59,12 +60,18 @@ class StoreDriver:
         limits = StoreLimits(
             max_adapters, 128, max_bytes, max_host_bytes, cycle_seconds, max_copy_bytes=max_copy_bytes
         )
-        self.store = AdapterStore(targets, limits, placement.device, dtype, self.woken.set, spare=spare)
+        self.store = AdapterStore(targets, limits, placement.device, dtype, self.woken.set, spare=spare,
+                                  reading_process=reading_process)  # fmt: skip
         self.replies: list[AdapterInfo | GraftError] = []
         self.changes: list[tuple[str, int, str, int]] = []
         self.store.on_change = lambda info: self.changes.append(
             (info.name, info.generation, str(info.state), info.slot)
         )
+
+    @property
+    def reading_process(self) -> ReadingProcess | None:
+        folders = self.store.memory.reader.folders
+        return folders if isinstance(folders, ReadingProcess) else None
 
     def start(self, name: str, path: Path, digest: str = "", **options: object) -> None:
         command = LoadAdapter(CallId(1), name, str(path), digest, **options)  # type: ignore[arg-type]

@@ -1,0 +1,245 @@
+"""Inter-token latency of 16 running requests while adapters are loaded, replaced and unloaded, one every second.
+
+    python -m benchmarks.steps_while_loading [--tiny] [--segments N] [--seconds S] [--models DIR] [--results DIR]
+
+A real server, the bench model, adapters of 66 MB. Segments without (A) and with operations (B) alternate in one run, in
+the order A B B A. Each begins with 16 new streams over six adapters; nothing counts before each of them has had its
+eighth token. Gaps are those between messages at the client, which is this process, and between steps in the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from benchmarks import machine
+from benchmarks.make_model import DEFAULT_OUT, adapter_dir
+from benchmarks.served import Served, models_dir, read_steps, serving, stream_request
+from runtime.pb.fmaas.generation_pb2_grpc import GenerationServiceStub
+
+NUM_STREAMS = 16
+NUM_USED_ADAPTERS = 6
+NUM_WARM_TOKENS = 8
+NUM_PROMPT_CHARACTERS = 32
+MAX_TOKENS = 4000
+ASKED_MEDIAN_RATIO, ASKED_P99_RATIO = 1.05, 1.25
+SETTLE_SECONDS = 0.5  # an operation's work may go on after its answer
+OPERATIONS = ("load", "replace", "unload")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One change of adapters; times are monotonic seconds."""
+
+    kind: str
+    begun: float
+    answered: float
+
+
+@dataclass
+class Segment:
+    """What one segment gave: (moment, seconds) of each gap at the client, and the span in which steps count."""
+
+    is_loading: bool
+    begun: float = 0.0
+    ended: float = 0.0
+    gaps: list[tuple[float, float]] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+
+
+def main() -> None:
+    """Command line: see the module's text."""
+    arguments = _parse()
+    models = models_dir(arguments.models, tiny=arguments.tiny)
+    with serving(models, "--max-new-tokens", str(MAX_TOKENS), niceness=arguments.niceness) as served:
+        for index in range(NUM_USED_ADAPTERS):
+            served.load(f"used-{index}", adapter_dir(models, index, "per-expert"))
+        segments = asyncio.run(_measure(served, arguments.segments, arguments.seconds))
+        time.sleep(SETTLE_SECONDS)
+        steps_file = served.steps_file
+        served.stop()
+        steps = read_steps(steps_file)
+    report = summarise(segments, steps)
+    report |= {"model": "tiny" if arguments.tiny else "0.79 B, bfloat16", "machine": machine.describe()}
+    report["niceness"] = arguments.niceness
+    text = as_text(report)
+    print(text)
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    stem = arguments.results / ("steps_while_loading_tiny" if arguments.tiny else "steps_while_loading")
+    raw = report | {"segments": [asdict(segment) for segment in segments], "steps": steps}
+    stem.with_suffix(".json").write_text(json.dumps(raw) + "\n", encoding="utf-8")
+    stem.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+
+
+async def _measure(served: Served, num_segments: int, seconds: float) -> list[Segment]:
+    segments = []
+    operations = itertools.cycle(OPERATIONS)
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        for number in range(num_segments):
+            segment = Segment(is_loading=number % 4 in (1, 2))
+            await _run(segment, channel, served, operations, seconds)
+            segments.append(segment)
+            print(f"segment {number + 1} of {num_segments}: {len(segment.gaps)} gaps", flush=True)
+    return segments
+
+
+async def _run(
+    segment: Segment, channel: grpc.aio.Channel, served: Served, operations: itertools.cycle[str], seconds: float
+) -> None:
+    """One segment: streams, and operations if it has any."""
+    warm = asyncio.Semaphore(0)
+    streams = [asyncio.create_task(_stream(segment, channel, index, warm)) for index in range(NUM_STREAMS)]
+    for _ in streams:
+        await asyncio.wait_for(warm.acquire(), 120)
+    segment.begun = time.monotonic()
+    segment.ended = segment.begun + seconds
+    while (now := time.monotonic()) < segment.ended:
+        if segment.is_loading:
+            await asyncio.to_thread(_operate, segment, served, next(operations))
+        await asyncio.sleep(max(0.0, min(segment.ended, now + 1.0) - time.monotonic()))
+    segment.ended = time.monotonic()
+    for stream in streams:
+        stream.cancel()
+    for stream in streams:
+        with suppress(asyncio.CancelledError):
+            await stream
+    await asyncio.to_thread(served.wait_idle)
+
+
+async def _stream(segment: Segment, channel: grpc.aio.Channel, index: int, warm: asyncio.Semaphore) -> None:
+    """Read one stream until it is cancelled; its gaps count while the segment lasts."""
+    prompt = "".join(chr(97 + (7 * index + 3 * position) % 26) for position in range(NUM_PROMPT_CHARACTERS))
+    stub: Any = GenerationServiceStub(channel)
+    request = stream_request(f"used-{index % NUM_USED_ADAPTERS}", prompt, MAX_TOKENS)
+    last, is_warm = 0.0, False
+    async for response in stub.GenerateStream(request):
+        now = time.monotonic()
+        if segment.begun and last > segment.begun and (not segment.ended or now <= segment.ended):
+            segment.gaps.append((now, now - last))
+        last = now
+        if not is_warm and response.generated_token_count >= NUM_WARM_TOKENS:
+            is_warm = True
+            warm.release()
+
+
+def _operate(segment: Segment, served: Served, kind: str) -> None:
+    """One load, replacement or unloading of an adapter that no stream uses."""
+    begun = time.monotonic()
+    if kind == "load":
+        served.load("changing", adapter_dir(served.models, NUM_USED_ADAPTERS, "per-expert"))
+    elif kind == "replace":
+        served.load("changing", adapter_dir(served.models, NUM_USED_ADAPTERS + 1, "per-expert"), replace=True)
+    else:
+        served.unload("changing")
+    segment.operations.append(Operation(kind, begun, time.monotonic()))
+
+
+def summarise(segments: Sequence[Segment], steps: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Medians and 99th percentiles with and without operations, their ratios, and what each kind of operation does."""
+    places: dict[str, dict[str, Any]] = {}
+    for place in ("client", "engine"):
+        gaps = {
+            is_loading: [
+                gap
+                for segment in segments
+                if segment.is_loading is is_loading
+                for _, gap in (segment.gaps if place == "client" else _step_gaps(segment, steps))
+            ]
+            for is_loading in (False, True)
+        }
+        without, during = (distribution(gaps[is_loading]) for is_loading in (False, True))
+        places[place] = {
+            "without": without,
+            "with": during,
+            "median_ratio": during["median_ms"] / without["median_ms"],
+            "p99_ratio": during["p99_ms"] / without["p99_ms"],
+        }
+    return places | {"operations": {kind: _about(kind, segments, steps) for kind in OPERATIONS}}
+
+
+def _step_gaps(segment: Segment, steps: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """(moment, seconds since the step before) of the segment's steps."""
+    ends = [step[0] for step in steps if segment.begun <= step[0] <= segment.ended]
+    return [(later, later - earlier) for earlier, later in itertools.pairwise(ends)]
+
+
+def _about(kind: str, segments: Sequence[Segment], steps: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Operations of one kind: how long they took, and the steps from their beginning to a moment after their end."""
+    operations = [(segment, item) for segment in segments for item in segment.operations if item.kind == kind]
+    gaps, adapter_ms = [], []
+    for segment, item in operations:
+        end = item.answered + SETTLE_SECONDS
+        gaps += [gap for moment, gap in _step_gaps(segment, steps) if item.begun <= moment <= end]
+        adapter_ms.append(max((1e3 * step[2] for step in steps if item.begun <= step[0] <= end), default=0.0))
+    seconds = [item.answered - item.begun for _, item in operations]
+    return {
+        "count": len(operations),
+        "median_seconds": statistics.median(seconds) if seconds else None,
+        "steps": distribution(gaps) if gaps else None,
+        "worst_adapter_ms_median": statistics.median(adapter_ms) if adapter_ms else None,
+    }
+
+
+def distribution(gaps: Sequence[float]) -> dict[str, float]:
+    """Milliseconds; the 99th percentile is the smallest value that 99 % do not exceed."""
+    ordered = sorted(gaps)
+    return {
+        "count": len(ordered),
+        "median_ms": 1e3 * statistics.median(ordered),
+        "p90_ms": 1e3 * ordered[-(-len(ordered) * 90 // 100) - 1],
+        "p99_ms": 1e3 * ordered[-(-len(ordered) * 99 // 100) - 1],
+        "max_ms": 1e3 * ordered[-1],
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report as a person reads it."""
+    lines = [f"{NUM_STREAMS} running requests over {NUM_USED_ADAPTERS} adapters; model: {report['model']}"]
+    lines += [f"the process that reads adapters runs at nice {report['niceness']}", ""]
+    lines.append(f"  {'inter-token latency, ms':<34} {'median':>8} {'p90':>8} {'p99':>8} {'max':>8} {'gaps':>8}")
+    for place in ("client", "engine"):
+        for name, key in (("no operations", "without"), ("one every second", "with")):
+            lines.append(_row(f"{place}, {name}", report[place][key]))
+    lines.append("")
+    for place in ("client", "engine"):
+        median, p99 = report[place]["median_ratio"], report[place]["p99_ratio"]
+        asked = f"asked <= {ASKED_MEDIAN_RATIO} and <= {ASKED_P99_RATIO}"
+        lines.append(f"  {place}: median {median:.3f}x, p99 {p99:.3f}x   {asked}")
+    lines += ["", "  steps from the beginning of an operation to half a second after its end:"]
+    for kind, about in report["operations"].items():
+        if about["steps"]:
+            worst = about["worst_adapter_ms_median"]
+            lines.append(_row(f"{kind} ({about['count']}x, {about['median_seconds']:.2f} s)", about["steps"]))
+            lines.append(f"      most that one step did for adapters: {worst:.1f} ms (median over operations)")
+    return "\n".join([*lines, "", *(f"  {name}: {value}" for name, value in report["machine"].items())])
+
+
+def _row(name: str, about: dict[str, float]) -> str:
+    numbers = " ".join(f"{about[key]:>8.1f}" for key in ("median_ms", "p90_ms", "p99_ms", "max_ms"))
+    return f"  {name:<34} {numbers} {about['count']:>8}"
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--tiny", action="store_true", help="a small float32 model, to try the script")
+    parser.add_argument("--segments", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=25.0, help="of one segment")
+    parser.add_argument("--niceness", type=int, default=10, help="of the process that reads adapters")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
