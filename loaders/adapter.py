@@ -24,6 +24,7 @@ from loaders.adapter_types import (
 from loaders.errors import AdapterError
 from loaders.family import explain_other_base
 from loaders.finite import non_finite
+from loaders.zeros import is_zero
 
 __all__ = [
     "WRITERS",
@@ -73,7 +74,7 @@ def load_adapter(
 
     context.problems.extend(non_finite(tensors))
     _refuse(folder.path, context.problems)
-    is_zero = all(not bool(tensors[pair.b.stored.name].any()) for pair in keys.pairs)
+    without_effect = all(is_zero(tensors[pair.b.stored.name]) for pair in keys.pairs)
     builder = AdapterBuilder()
     for adapter_format, pairs in plan:
         for pair in pairs:
@@ -88,7 +89,7 @@ def load_adapter(
         layout=" + ".join(adapter_format.layout for adapter_format, _ in plan),
         skipped=(*folder.skipped, *keys.skipped, *builder.skipped),
         num_bytes=num_kept_bytes(builder.linears, experts),
-        warnings=_warnings(context, is_zero),
+        warnings=_warnings(context, without_effect),
         evidence=tuple(context.evidence),
     )
 

@@ -15,6 +15,7 @@ from loaders.adapter_formats.base import AdapterBuilder, FormatContext, Projecti
 from loaders.adapter_formats.shapes import check_expert, check_pair
 from loaders.adapter_keys import FactorPair
 from loaders.adapter_types import LoraPair
+from loaders.zeros import is_zero
 
 PEFT_PROJECTIONS: dict[str, Projection] = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 MIXTRAL_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
@@ -52,7 +53,7 @@ class PerExpertFormat:
         """The factors are taken as they are; an all-zero lora_B changes nothing and is left out."""
         layer, expert, projection = self._parse(pair.module)
         a, b = take(pair, tensors)
-        if not b[0, 0] and not b.any():  # the first number alone is seen sooner
+        if is_zero(b):
             builder.skipped.append((pair.module, "lora_B is all zero, no effect"))
             return
         name = context.rules.name_in_patterns(pair.module)

@@ -9,6 +9,7 @@ from loaders.adapter_explain import explain_hidden, no_experts
 from loaders.adapter_formats.base import AdapterBuilder, FormatContext, Projection
 from loaders.adapter_keys import FactorPair
 from loaders.adapter_types import ExpertShape, LoraPair
+from loaders.zeros import is_zero, which_are_zero
 
 
 def add_stack(
@@ -20,12 +21,12 @@ def add_stack(
     """
     sides = [_per_expert(factor, num) for factor in factors]
     is_shared = [num > 1 and factor.shape[0] == 1 for factor in factors]
-    effects = [factor.flatten(1).ne(0).any(dim=1).expand(num) for factor in factors]
-    has_effect: list[bool] = (effects[0] & effects[1]).tolist()
-    for expert, (a, b, used) in enumerate(zip(*sides, has_effect, strict=True)):
-        if used:
+    zeros = [which_are_zero(factor) * (num if factor.shape[0] == 1 else 1) for factor in factors]
+    is_idle = [a or b for a, b in zip(*zeros, strict=True)]
+    for expert, (a, b, idle) in enumerate(zip(*sides, is_idle, strict=True)):
+        if not idle:
             builder.add_expert(layer, expert, projection, LoraPair(a, b, scale, *is_shared))
-    return num - sum(has_effect)
+    return sum(is_idle)
 
 
 def _per_expert(factor: Tensor, num: int) -> list[Tensor]:
@@ -48,9 +49,9 @@ def split_gate_up(a_ERH: Tensor, b_EoR: Tensor) -> tuple[tuple[Tensor, Tensor], 
     """
     half_out, half_rank = b_EoR.shape[1] // 2, b_EoR.shape[2] // 2
     gate_EIR, up_EIR = b_EoR[:, :half_out], b_EoR[:, half_out:]
-    if b_EoR.shape[2] % 2 == 0 and not (gate_EIR[:, :, half_rank:].any() or up_EIR[:, :, :half_rank].any()):
-        gate = (a_ERH[:, :half_rank], gate_EIR[:, :, :half_rank].contiguous())
-        return gate, (a_ERH[:, half_rank:], up_EIR[:, :, half_rank:].contiguous())
+    if b_EoR.shape[2] % 2 == 0 and is_zero(gate_EIR[:, :, half_rank:]) and is_zero(up_EIR[:, :, :half_rank]):
+        gate = (a_ERH[:, :half_rank], gate_EIR[:, :, :half_rank])
+        return gate, (a_ERH[:, half_rank:], up_EIR[:, :, half_rank:])
     return (a_ERH, gate_EIR), (a_ERH, up_EIR)
 
 

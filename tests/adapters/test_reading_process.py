@@ -12,17 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from runtime.adapters.folder_reader import FolderReader, FolderRules, ReadAdapter
 from runtime.adapters.host_adapter import FactorLayout, HostAdapter
 from runtime.adapters.info import AdapterInfo, AdapterState
 from runtime.adapters.page_pool import HostPages
 from runtime.adapters.reading_process import ReadingProcess
+from runtime.adapters.replacement_experts import SpareRoom
 from runtime.env import child_environment
 from runtime.errors import GraftError, Precondition, Unavailable
 from runtime.models.deepseek.config import DeepseekConfig
 from tests.adapters.conftest import MakeStore, StoreDriver
+from tests.adapters.test_other_layouts import draw_for_v3
+from tests.loaders.formats import layouts
 from tests.oracle.adapters import AdapterRecipe, write_adapter
+from tests.oracle.replacement_experts import moe_layers, write_replacement
 
 MAPPINGS = Path("/proc/self/maps")
 
@@ -30,7 +35,8 @@ MAPPINGS = Path("/proc/self/maps")
 @pytest.fixture(scope="module")
 def rules(base_dir: Path) -> FolderRules:
     targets = DeepseekConfig.from_dir(base_dir).adapter_targets()
-    return FolderRules(targets, 64, 2**30, torch.bfloat16, FactorLayout())
+    room = SpareRoom(4, 2**20, targets.experts[max(targets.experts)].intermediate, targets.experts[1].hidden)
+    return FolderRules(targets, 64, 2**30, torch.bfloat16, FactorLayout(), room)
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +60,49 @@ def mixed(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _pages(host: HostAdapter) -> dict[str, HostPages]:
     pages = dict(host.linears)
+    for layer, own in host.shared_outer.items():
+        pages |= {f"{layer}, outer": own.outer, f"{layer}, inner": own.inner}
     for layer, by_rank in host.experts.items():
         pages |= {f"{layer}, rank {item.lora_rank}": item for item in by_rank}
     return pages
 
 
-def test_the_process_gives_what_a_thread_reads(process: ReadingProcess, rules: FolderRules, mixed: Path) -> None:
-    own, other = (reader.read("m", str(mixed), "") for reader in (FolderReader(rules), process))
+@pytest.fixture(scope="module")
+def folders(base_dir: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One adapter of each form that pages have: own factors, outer factors for all experts, whole experts."""
+    folder = tmp_path_factory.mktemp("forms")
+    shared = folder / "shared"
+    shared.mkdir()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        written = draw_for_v3(monkeypatch, "SGLang shared-outer factors")
+    save_file(written.tensors, shared / "adapter_model.safetensors")
+    settings = {"r": layouts.RANK, "lora_alpha": layouts.RANK} | written.config
+    (shared / "adapter_config.json").write_text(layouts.as_json(settings))
+    layer = moe_layers(base_dir)[0]
+    replacement = write_replacement(base_dir, folder / "whole", {layer: [1, 3]})
+    return {"own": mixed, "shared": shared, "whole": replacement.path}
+
+
+@pytest.mark.parametrize("form", ["own", "shared", "whole"])
+def test_the_process_gives_what_a_thread_reads(
+    process: ReadingProcess, rules: FolderRules, folders: dict[str, Path], form: str
+) -> None:
+    own, other = (reader.read("m", str(folders[form]), "") for reader in (FolderReader(rules), process))
     assert (own.digest, own.facts) == (other.digest, other.facts)
+    assert bool(own.host.shared_outer) is (form == "shared") and bool(own.host.replaced) is (form == "whole")
     ours, theirs = _pages(own.host), _pages(other.host)
-    assert ours.keys() == theirs.keys() and len(ours) > 3
+    assert ours.keys() == theirs.keys() and (len(ours) > 1 or form == "whole")
     for name, pages in ours.items():
         assert (pages.lora_rank, pages.regions) == (theirs[name].lora_rank, theirs[name].regions)
         assert pages.factors.keys() == theirs[name].factors.keys()
         for factor, tensor in pages.factors.items():
             assert torch.equal(tensor, theirs[name].factors[factor]), (name, factor)
+    assert own.host.replaced.keys() == other.host.replaced.keys()
+    for layer, replacement in own.host.replaced.items():
+        twin = other.host.replaced[layer]
+        assert replacement.experts == twin.experts
+        assert torch.equal(replacement.groups.w13, twin.groups.w13)
+        assert torch.equal(replacement.groups.w2, twin.groups.w2)
 
 
 @pytest.mark.parametrize("fault", ["no folder", "digest", "truncated", "rank"])
