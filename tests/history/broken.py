@@ -23,9 +23,9 @@ def page_left_out(config: EngineConfig, progress: Callable[[int, int], None]) ->
     """A copy to the device leaves a layer out."""
     install = DevicePages.install
 
-    def install_without(self: DevicePages, slot: int, adapter: HostAdapter) -> Iterator[None]:
+    def install_without(self: DevicePages, slot: int, adapter: HostAdapter, max_bytes: float) -> Iterator[None]:
         experts = {layer: pages for layer, pages in adapter.experts.items() if layer != STALE_LAYER}
-        return install(self, slot, replace(adapter, experts=experts))
+        return install(self, slot, replace(adapter, experts=experts), max_bytes)
 
     DevicePages.install = install_without  # type: ignore[method-assign]
     return Engine(config, progress)
@@ -41,10 +41,10 @@ def page_of_the_one_before(config: EngineConfig, progress: Callable[[int, int], 
         if stale:
             self.experts[STALE_LAYER] = stale
 
-    def install_most(self: DevicePages, slot: int, adapter: HostAdapter) -> Iterator[None]:
+    def install_most(self: DevicePages, slot: int, adapter: HostAdapter, max_bytes: float) -> Iterator[None]:
         is_there = any(slot in pool.slots for pool in self.experts.get(STALE_LAYER, {}).values())
         kept = {layer: pages for layer, pages in adapter.experts.items() if layer != STALE_LAYER or not is_there}
-        return install(self, slot, replace(adapter, experts=kept))
+        return install(self, slot, replace(adapter, experts=kept), max_bytes)
 
     DevicePages.remove, DevicePages.install = remove_most, install_most  # type: ignore[method-assign]
     return Engine(config, progress)
