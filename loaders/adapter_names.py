@@ -1,6 +1,7 @@
 """Names in adapter files: wrapper prefixes taken off, and split into module and side."""
 
 import re
+from functools import lru_cache
 
 _WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
 _PREFIXES = ("base_model.model.", "language_model.")
@@ -9,8 +10,11 @@ _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!(?:weight|bia
 _NATIVE_FACTOR = re.compile(r"^(?P<module>.+\.mlp\.experts\.lora_(?:gate_and_up|down))_(?P<side>[AB])(?:\.weight)?$")
 _HEAD = re.compile(r"^(?:model\.)?unembed_tokens\.")
 _LAYER = re.compile(r"^model\.layers\.(0|[1-9][0-9]*)\.")
+# Adapters of one base have the same names again and again.
+_remembered = lru_cache(maxsize=2**14)
 
 
+@_remembered
 def plain_key(key: str) -> str:
     """A key without wrapper prefixes: `base_model.model.model.layers.0.x` -> `model.layers.0.x`."""
     key = _WRAPPER.sub("", key)
@@ -24,12 +28,14 @@ def plain_key(key: str) -> str:
     return f"model.{key}" if key.startswith("layers.") else key
 
 
+@_remembered
 def split_factor(plain: str) -> tuple[str, str] | None:
     """(module, "A" or "B") of a LoRA factor's plain key, None for any other key."""
     match = _FACTOR.match(plain) or _NATIVE_FACTOR.match(plain)
     return (match["module"], match["side"]) if match else None
 
 
+@_remembered
 def layer_of(name: str) -> int | None:
     """The layer index in a plain name, None outside layers."""
     match = _LAYER.match(name)

@@ -7,8 +7,9 @@ tensors the caller holds. Format: 8 bytes little-endian header length, a JSON he
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from loaders.json_file import parse_json_object
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _READ_BYTES = 1 << 26
 _MAX_NAME_LENGTH = 512
+_MAX_REMEMBERED_BYTES = 2**20
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -62,7 +64,8 @@ class SafetensorsFile:
         try:
             self.num_bytes = os.fstat(fd).st_size
             self.header_bytes = self._read_header(max_header_bytes)
-            self.tensors = self._parse_header()
+            parse = _remembered if len(self.header_bytes) <= _MAX_REMEMBERED_BYTES else _parse_header
+            self.metadata, self.tensors = parse(self.header_bytes, self.num_bytes, label, error)  # type: ignore[arg-type]
         except BaseException:
             os.close(fd)
             raise
@@ -112,12 +115,17 @@ class SafetensorsFile:
         view: memoryview = memoryview(raw.numpy().data)
         self._read_into(view, start)
         observe(view)
-        return [self._within(raw, tensor, tensor.offset - start) for tensor in tensors]
-
-    def _within(self, raw: torch.Tensor, tensor: StoredTensor, begin: int) -> torch.Tensor:
-        if tensor.dtype is None:
-            raise self._error(f"{self.label}: {tensor.name} has the unknown dtype {tensor.dtype_name}")
-        return raw[begin : begin + tensor.num_bytes].view(tensor.dtype).view(tensor.shape)
+        views: dict[torch.dtype, torch.Tensor] = {}
+        read = []
+        for tensor in tensors:
+            if tensor.dtype is None:
+                raise self._error(f"{self.label}: {tensor.name} has the unknown dtype {tensor.dtype_name}")
+            size = tensor.dtype.itemsize
+            if tensor.dtype not in views:
+                views[tensor.dtype] = raw[: num_bytes - num_bytes % size].view(tensor.dtype)
+            place = (tensor.offset - start) // size
+            read.append(views[tensor.dtype].as_strided(tensor.shape, _strides(tensor.shape), place))
+        return read
 
     def observe(self, tensor: StoredTensor, observe: Callable[[memoryview], object]) -> None:
         """Pass a tensor's raw bytes to `observe` in bounded pieces, without making a tensor."""
@@ -148,40 +156,51 @@ class SafetensorsFile:
         self._read_into(memoryview(header), 8)
         return prefix + bytes(header)
 
-    def _parse_header(self) -> tuple[StoredTensor, ...]:
-        header = parse_json_object(self.header_bytes[8:], f"{self.label}: header", self._error)
-        metadata = header.pop("__metadata__", None)
-        self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
-        data_start = len(self.header_bytes)
-        tensors = [self._parse_entry(name, entry, data_start) for name, entry in header.items()]
-        tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes))
-        position = data_start
-        for tensor in tensors:
-            if tensor.offset != position:
-                raise self._error(f"{self.label}: data of {tensor.name} overlaps another tensor or leaves a hole")
-            position += tensor.num_bytes
-        if position > self.num_bytes:
-            raise self._error(
-                f"{self.label}: {self.num_bytes} bytes on disk, the header asks for {position} (truncated download?)"
-            )
-        if position < self.num_bytes:
-            raise self._error(f"{self.label}: {self.num_bytes - position} bytes after the last tensor")
-        return tuple(tensors)
 
-    def _parse_entry(self, name: str, entry: Any, data_start: int) -> StoredTensor:
-        if not name.isprintable() or len(name) > _MAX_NAME_LENGTH:  # names end up in messages and logs
-            raise self._error(f"{self.label}: header entry {name[:80]!r} is not a usable tensor name")
-        try:
-            dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        except (TypeError, KeyError, ValueError):
-            raise self._error(f"{self.label}: header entry {name} lacks dtype, shape or data_offsets") from None
-        numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
-        if not isinstance(dtype_name, str) or not all(type(n) is int and n >= 0 for n in numbers) or end < begin:
-            raise self._error(f"{self.label}: header entry {name} is malformed")
-        dtype = DTYPES.get(dtype_name)
-        if dtype is not None and math.prod(shape) * dtype.itemsize != end - begin:
-            raise self._error(
-                f"{self.label}: {name} is {dtype_name} {shape} but has {end - begin} bytes, not "
-                f"{math.prod(shape) * dtype.itemsize}"
-            )
-        return StoredTensor(name, dtype_name, dtype, tuple(shape), data_start + begin, end - begin)
+def _parse_header(
+    header_bytes: bytes, num_bytes: int, label: str, error: type[LoadError]
+) -> tuple[Mapping[str, Any], tuple[StoredTensor, ...]]:
+    """Metadata, and the tensors in file order, of a file of `num_bytes` bytes."""
+    header = parse_json_object(header_bytes[8:], f"{label}: header", error)
+    metadata = header.pop("__metadata__", None)
+    data_start = len(header_bytes)
+    tensors = [_parse_entry(name, entry, data_start, label, error) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes))
+    position = data_start
+    for tensor in tensors:
+        if tensor.offset != position:
+            raise error(f"{label}: data of {tensor.name} overlaps another tensor or leaves a hole")
+        position += tensor.num_bytes
+    if position > num_bytes:
+        raise error(f"{label}: {num_bytes} bytes on disk, the header asks for {position} (truncated download?)")
+    if position < num_bytes:
+        raise error(f"{label}: {num_bytes - position} bytes after the last tensor")
+    return metadata if isinstance(metadata, dict) else {}, tuple(tensors)
+
+
+# Adapters that were trained alike have the same header.
+_remembered = lru_cache(maxsize=4)(_parse_header)
+
+
+def _parse_entry(name: str, entry: Any, data_start: int, label: str, error: type[LoadError]) -> StoredTensor:
+    if not name.isprintable() or len(name) > _MAX_NAME_LENGTH:  # names end up in messages and logs
+        raise error(f"{label}: header entry {name[:80]!r} is not a usable tensor name")
+    try:
+        dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise error(f"{label}: header entry {name} lacks dtype, shape or data_offsets") from None
+    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if not isinstance(dtype_name, str) or not all(type(n) is int and n >= 0 for n in numbers) or end < begin:
+        raise error(f"{label}: header entry {name} is malformed")
+    dtype = DTYPES.get(dtype_name)
+    if dtype is not None and math.prod(shape) * dtype.itemsize != end - begin:
+        raise error(
+            f"{label}: {name} is {dtype_name} {shape} but has {end - begin} bytes, not "
+            f"{math.prod(shape) * dtype.itemsize}"
+        )
+    return StoredTensor(name, dtype_name, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    """Of a contiguous tensor, in numbers."""
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]

@@ -1,7 +1,7 @@
 """What every adapter layout implements, and the place where the converted factors are collected."""
 
 from collections.abc import MutableMapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -78,12 +78,11 @@ class AdapterBuilder:
         """Set one projection of one expert."""
         experts = self.experts.setdefault(layer, {})
         known = experts.get(expert, ExpertLora())
-        if projection == "gate":
-            experts[expert] = replace(known, gate=pair)
-        elif projection == "up":
-            experts[expert] = replace(known, up=pair)
-        else:
-            experts[expert] = replace(known, down=pair)
+        experts[expert] = ExpertLora(
+            pair if projection == "gate" else known.gate,
+            pair if projection == "up" else known.up,
+            pair if projection == "down" else known.down,
+        )
 
 
 class AdapterFormat(Protocol):
