@@ -93,7 +93,7 @@ class AdapterFolder:
         if max_bytes is not None and total_bytes > max_bytes:
             raise AdapterError(f"{self.path}: {total_bytes} bytes of weights, at most {max_bytes} are allowed")
         for fd in fds:
-            _read_ahead(fd)
+            self._hasher.submit(_read_ahead, fd)
         self._files = [
             SafetensorsFile(os.dup(fd), name, error=AdapterError, max_header_bytes=MAX_HEADER_BYTES)
             for fd, name in zip(fds, weights, strict=True)

@@ -70,7 +70,7 @@ def test_counters_only_grow_and_gauges_come_back_to_zero(busy: LiveServer) -> No
             if name.endswith(("_total", "_count", "_sum", "_bucket")):
                 assert after[name, labels] >= value, name
     last = scrapes[-1]
-    gauges = {name: value for (name, _), value in last.items() if name.endswith(("running", "waiting", "ratio"))}
+    gauges = {name: value for (name, _), value in last.items() if name.endswith(("running", "waiting", "usage_ratio"))}
     assert gauges == {"graft_requests_running": 0, "graft_requests_waiting": 0, "graft_kv_cache_usage_ratio": 0}
     assert busy.metric("graft_generation_tokens_total") >= num_generated
     assert busy.metric("graft_iteration_tokens_total_sum") >= num_generated
