@@ -9,14 +9,19 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 
 from runtime.adapters.folder_reader import FolderReader, FolderRules, ReadAdapter, ReadsFolders
+from runtime.adapters.lent_pages import LentPages
 from runtime.adapters.reading_protocol import (
     FolderRead,
     FolderRefused,
     Message,
     ReadFolder,
     ReadingSetup,
+    Vacated,
     as_read_adapter,
     receive,
     send,
@@ -47,6 +52,8 @@ class ReadingProcess:
         self._niceness = reading_niceness()
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
+        self._lent: LentPages | None = None
+        self._sending = threading.Lock()
         self._is_ready = False
         self._closing = threading.Event()
 
@@ -68,6 +75,7 @@ class ReadingProcess:
                     command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=child_environment()
                 )
             send(ours, ReadingSetup.of(self._rules, self._niceness))
+            self._lent = LentPages(partial(self._give_back, ours))
         except OSError as error:
             logger.error("the process that reads adapters did not start: %s", error)
         if self._closing.is_set():
@@ -79,7 +87,8 @@ class ReadingProcess:
             logger.warning("the process that reads adapters had ended (%s): a new one is started", self._reap())
         try:
             connection = self._started()
-            send(connection, ReadFolder(name, path, digest))
+            with self._sending:
+                send(connection, ReadFolder(name, path, digest))
             answer, fd = receive(connection)
         except (EOFError, OSError) as error:
             raise self._lost(name) from error
@@ -110,9 +119,16 @@ class ReadingProcess:
             self._is_ready = True
         return connection
 
+    def _give_back(self, connection: socket.socket, segments: Sequence[int]) -> None:
+        """Called by a thread of LentPages."""
+        with self._sending, suppress(OSError):  # a process that has ended takes nothing back
+            send(connection, Vacated(list(segments)))
+
     def _taken(self, name: str, answer: Message, fd: int | None) -> ReadAdapter:
-        if isinstance(answer, FolderRead) and fd is not None:
-            return as_read_adapter(answer, fd, self._rules)
+        if isinstance(answer, FolderRead) and self._lent is not None:
+            memory = self._lent.take(answer.segment, fd)
+            self._lent.forget(answer.dropped)
+            return as_read_adapter(answer, memory, self._rules)
         if isinstance(answer, FolderRefused):
             raise answer.error()
         raise Internal(f"adapter {name!r} could not be read", reason="ADAPTER_LOAD_FAILED")
@@ -127,11 +143,13 @@ class ReadingProcess:
 
     def _reap(self) -> str:
         """Forget the process, which has ended or is of no more use; returns how it ended."""
-        child, connection = self._child, self._connection
-        self._child = self._connection = None
+        child, connection, lent = self._child, self._connection, self._lent
+        self._child = self._connection = self._lent = None
         self._is_ready = False
         if connection is not None:
             connection.close()
+        if lent is not None:
+            lent.close()
         if child is None:
             return "it did not start"
         child.kill()

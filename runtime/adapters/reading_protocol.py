@@ -1,6 +1,6 @@
-"""What the engine says to its reading process and back: frames of msgpack, and pages as a descriptor of memory.
+"""What the engine says to its reading process and back: frames of msgpack, and pages as segments of memory.
 
-A frame is a length, then [class name, field, ...]. The descriptor of an adapter's pages comes with the length.
+A frame is a length, then [class name, field, ...]. The descriptor of a segment that is new comes with the length.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from runtime.adapters.info import LayerCoverage
 from runtime.adapters.page_pool import HostPages
 from runtime.adapters.record import AdapterFacts
 from runtime.adapters.replacement_experts import LayerReplacement, SpareRoom
-from runtime.adapters.shared_pages import SharedArena, SharedMapping
+from runtime.adapters.shared_arena import SharedArena
+from runtime.adapters.shared_pages import Memory, tensor_over
 from runtime.errors import ErrorKind, GraftError, error_of_kind
 from runtime.models.deepseek.moe import ExpertGroups
 
@@ -92,9 +93,18 @@ class ReadFolder:
 
 
 @dataclass(frozen=True)
-class FolderRead:
-    """A ReadAdapter whose pages lie in the memory that comes with it."""
+class Vacated:
+    """The engine has no tensor over these segments any more."""
 
+    segments: Plain
+
+
+@dataclass(frozen=True)
+class FolderRead:
+    """A ReadAdapter whose pages lie in a segment; those in `dropped` will not be used again."""
+
+    segment: int
+    dropped: Plain
     digest: str
     seconds: float
     facts: Plain
@@ -126,9 +136,9 @@ class FolderRefused:
         )
 
 
-Message = ReadingSetup | Ready | ReadFolder | FolderRead | FolderRefused
+Message = ReadingSetup | Ready | ReadFolder | Vacated | FolderRead | FolderRefused
 _CLASSES: dict[str, type[Message]] = {
-    cls.__name__: cls for cls in (ReadingSetup, Ready, ReadFolder, FolderRead, FolderRefused)
+    cls.__name__: cls for cls in (ReadingSetup, Ready, ReadFolder, Vacated, FolderRead, FolderRefused)
 }
 
 
@@ -170,8 +180,8 @@ def _read_all(stream: Any, num_bytes: int) -> bytearray:
     return body
 
 
-def as_message(read: ReadAdapter, arena: SharedArena) -> FolderRead:
-    """What was read into an arena, as it is sent."""
+def as_message(read: ReadAdapter, arena: SharedArena, dropped: Plain) -> tuple[FolderRead, int | None]:
+    """What was read into an arena, as it is sent, and the descriptor that goes with it."""
     facts = read.facts
     told = [getattr(facts, field.name) for field in fields(facts) if field.name != "layers"]
     told.append([[coverage.layer, coverage.num_experts] for coverage in facts.layers])
@@ -184,12 +194,12 @@ def as_message(read: ReadAdapter, arena: SharedArena) -> FolderRead:
         [layer, own.experts, [_placed(weight, arena) for weight in (own.groups.w13, own.groups.w2)]]
         for layer, own in read.host.replaced.items()
     ]
-    return FolderRead(read.digest, read.seconds, told, linears, experts, shared, replaced)
+    segment, fd = arena.lend()
+    return FolderRead(segment, dropped, read.digest, read.seconds, told, linears, experts, shared, replaced), fd
 
 
-def as_read_adapter(message: FolderRead, fd: int, rules: FolderRules) -> ReadAdapter:
-    """The adapter again, its pages over the memory behind `fd`, which is closed. Raises ValueError."""
-    memory = SharedMapping(fd)
+def as_read_adapter(message: FolderRead, memory: Memory, rules: FolderRules) -> ReadAdapter:
+    """The adapter again, its pages over its segment's memory. Raises ValueError."""
     names = [field.name for field in fields(AdapterFacts) if field.name != "layers"]
     *told, layers = message.facts
     known: Mapping[str, Any] = dict(zip(names, told, strict=True))
@@ -216,13 +226,13 @@ def _placed(tensor: torch.Tensor, arena: SharedArena) -> Plain:
 
 
 def _replacement(
-    experts: list[int], places: Plain, memory: SharedMapping, rules: FolderRules
+    experts: list[int], places: Plain, memory: Memory, rules: FolderRules
 ) -> LayerReplacement:
-    w13, w2 = (memory.tensor(shape, offset, rules.dtype) for shape, offset in places)
+    w13, w2 = (tensor_over(memory, shape, offset, rules.dtype) for shape, offset in places)
     return LayerReplacement(experts, ExpertGroups(w13, w2))
 
 
-def _pages(plain: Plain, memory: SharedMapping, rules: FolderRules) -> HostPages:
+def _pages(plain: Plain, memory: Memory, rules: FolderRules) -> HostPages:
     lora_rank, regions, places = plain
-    factors = {name: memory.tensor(shape, offset, rules.dtype) for name, shape, offset in places}
+    factors = {name: tensor_over(memory, shape, offset, rules.dtype) for name, shape, offset in places}
     return HostPages(lora_rank, regions, factors, rules.layout.a_rows_first)

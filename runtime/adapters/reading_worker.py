@@ -10,10 +10,13 @@ import ctypes
 import gc
 import os
 import resource
+import select
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
 
 import torch
 
@@ -23,18 +26,22 @@ from runtime.adapters.reading_protocol import (
     ReadFolder,
     ReadingSetup,
     Ready,
+    Vacated,
     as_message,
     receive,
     send,
 )
-from runtime.adapters.shared_pages import SharedArena
+from runtime.adapters.segments import MAX_READY_BYTES, SegmentStock
+from runtime.adapters.shared_arena import SharedArena
 from runtime.distributed.parent import end_with_parent
 from runtime.env import configure_logging
 from runtime.errors import GraftError
 
 # Memory of one file is kept for the next one, since getting it from the system takes a third of a load's time; after so
-# long without a file it is given back.
+# long without a file what is beyond a bound is given back.
 IDLE_SECONDS = 2.0
+# A segment is made ready for the next file when none has come for so long.
+PREPARE_SECONDS = 0.2
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES = 2**30
 _MAX_MMAP_THRESHOLD_BYTES = 32 * 2**20  # glibc takes no more
@@ -65,31 +72,58 @@ def main(arguments: Sequence[str]) -> int:
 def _serve(connection: socket.socket, rules: FolderRules) -> None:
     gc.freeze()
     gc.disable()  # thousands of objects come and go with each file, none in a cycle
+    stock = SegmentStock()
+    own_bytes = _own_bytes()
     while True:
-        try:
-            connection.settimeout(IDLE_SECONDS)
-            job, _ = receive(connection)
-        except TimeoutError:
-            _give_memory_back()
-            connection.settimeout(None)
-            job, _ = receive(connection)
-        connection.settimeout(None)
-        if not isinstance(job, ReadFolder):
+        job, _ = receive(connection)
+        if isinstance(job, Vacated):
+            stock.vacate(job.segments)
+        elif isinstance(job, ReadFolder):
+            _read(connection, rules, stock, job)
+            gc.collect()
+        else:
             raise ConnectionError(f"a {type(job).__name__} is not for this process")
-        _read(connection, rules, job)
-        gc.collect()
+        _while_idle(connection, stock, own_bytes)
 
 
-def _read(connection: socket.socket, rules: FolderRules, job: ReadFolder) -> None:
-    with SharedArena() as arena:
+def _while_idle(connection: socket.socket, stock: SegmentStock, own_bytes: int) -> None:
+    """Get ready for the next file, then give memory back; ends when the engine says something or all is done."""
+    if _hears(connection, PREPARE_SECONDS):
+        return
+    with closing(stock.preparing()) as pieces:
+        for _ in pieces:
+            if _hears(connection, 0.0):
+                return
+    if not _hears(connection, IDLE_SECONDS - PREPARE_SECONDS):
+        stock.shrink()
+        if _own_bytes() - own_bytes > MAX_READY_BYTES:
+            _give_memory_back()
+
+
+def _hears(connection: socket.socket, timeout_seconds: float) -> bool:
+    """Whether there is something to receive, or the other side is gone, within a time."""
+    return bool(select.select([connection], [], [], timeout_seconds)[0])
+
+
+def _read(connection: socket.socket, rules: FolderRules, stock: SegmentStock, job: ReadFolder) -> None:
+    with SharedArena(stock) as arena:
         try:
             read = FolderReader(rules, arena.new_zeros, arena.expect).read(job.name, job.path, job.digest)
         except GraftError as error:
             send(connection, FolderRefused.of(error))
         else:
-            message = as_message(read, arena)
-            arena.finish()
-            send(connection, message, arena.fd)
+            send(connection, *as_message(read, arena, stock.dropped))
+            arena.lent()
+            stock.dropped.clear()
+
+
+def _own_bytes() -> int:
+    """Memory of this process that no other one maps."""
+    try:
+        _, resident, shared, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    except OSError:
+        return 0
+    return (int(resident) - int(shared)) * resource.getpagesize()
 
 
 def _libc() -> ctypes.CDLL | None:

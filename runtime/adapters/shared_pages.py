@@ -1,7 +1,7 @@
-"""Pages in memory that two processes can map: made in one, read in the other, gone when the last tensor is.
+"""Memory that two processes can map: made in one, read in the other, gone when neither maps it any more.
 
-The memory is a file without a name (memfd), handed over as a descriptor, so it has neither a path nor the bounds of
-/dev/shm, which is 64 MB in most containers.
+It is a file without a name (memfd), handed over as a descriptor, so it has neither a path nor the bounds of /dev/shm,
+which is 64 MB in most containers.
 """
 
 from __future__ import annotations
@@ -10,19 +10,23 @@ import ctypes
 import math
 import mmap
 import os
+import queue
 import resource
+import threading
 import weakref
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-_ALIGNED_BYTES = 64
-_MADV_POPULATE_WRITE = 23  # of Linux's mman.h, since 5.14; older kernels refuse it, and memory comes as it is written
+# Of Linux's mman.h. Kernels before 5.14 refuse the second, and memory comes as it is written.
+_MADV_REMOVE, _MADV_POPULATE_WRITE = 9, 23
 _MAP_FAILED = ctypes.c_void_p(-1).value
+
+Memory: TypeAlias = "ctypes.Array[ctypes.c_char]"
 
 
 def why_not_shared() -> str:
@@ -43,77 +47,12 @@ class Place:
     offset: int
 
 
-class SharedArena:
-    """Memory that grows with each tensor asked of it; `fd` is the descriptor to hand over. Use it in `with`."""
-
-    def __init__(self) -> None:
-        self.fd = os.memfd_create("graft-adapter", os.MFD_CLOEXEC)  # type: ignore[attr-defined,unused-ignore]
-        self._num_bytes = 0
-        self._offsets: dict[int, int] = {}
-        self._expected: ctypes.Array[ctypes.c_char] | None = None
-        self._filling: Future[int] | None = None
-
-    def __enter__(self) -> SharedArena:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
-
-    def expect(self, num_bytes: int) -> None:
-        """Begin to get about so much memory from the system, in a thread: that takes a third of a load's time."""
-        if num_bytes and not self._num_bytes:
-            os.ftruncate(self.fd, num_bytes)
-            self._expected = _map(self.fd, num_bytes, 0)
-            address = ctypes.addressof(self._expected)
-            self._filling = _background().submit(_libc().madvise, address, num_bytes, _MADV_POPULATE_WRITE)
-
-    def new_zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor in this memory; raises OSError if there is no more."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if not num_bytes:
-            raise ValueError(f"a page cannot have the shape {shape}")
-        offset = _round_up(self._num_bytes, _ALIGNED_BYTES)
-        if self._expected is not None and offset + num_bytes <= len(self._expected):
-            tensor = torch.frombuffer(self._expected, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
-        else:
-            offset = _round_up(max(offset, len(self._expected or ())), mmap.PAGESIZE)
-            os.ftruncate(self.fd, offset + num_bytes)
-            tensor = torch.frombuffer(_map(self.fd, num_bytes, offset), dtype=dtype).view(shape)
-        self._num_bytes = offset + num_bytes
-        self._offsets[tensor.data_ptr()] = offset
-        return tensor
-
-    def finish(self) -> None:
-        """Give back what was expected and is not used; the memory can be handed over."""
-        if self._filling is not None:
-            self._filling.result()
-        os.ftruncate(self.fd, self._num_bytes)
-
-    def place(self, tensor: Tensor) -> Place:
-        """Where a tensor of `new_zeros` lies; one that lies elsewhere is copied here first."""
-        if tensor.data_ptr() not in self._offsets:
-            own = self.new_zeros(tuple(tensor.shape), tensor.dtype)
-            own.copy_(tensor)
-            tensor = own
-        return Place(tuple(tensor.shape), self._offsets[tensor.data_ptr()])
+def new_memory_file() -> int:
+    """A descriptor of memory without a name, of no bytes yet."""
+    return os.memfd_create("graft-adapter", os.MFD_CLOEXEC)  # type: ignore[attr-defined,unused-ignore]
 
 
-class SharedMapping:
-    """The memory of another process's arena; it is unmapped when this and the last tensor over it are gone."""
-
-    def __init__(self, fd: int) -> None:
-        """Map all of it and close the descriptor."""
-        try:
-            self._memory = _map(fd, os.fstat(fd).st_size or mmap.PAGESIZE, 0)
-        finally:
-            os.close(fd)
-
-    def tensor(self, shape: Sequence[int], offset: int, dtype: torch.dtype) -> Tensor:
-        """A tensor over the memory; raises ValueError if it does not lie in it."""
-        return torch.frombuffer(self._memory, dtype=dtype, count=math.prod(shape), offset=offset).view(*shape)
-
-
-def _map(fd: int, num_bytes: int, offset: int) -> ctypes.Array[ctypes.c_char]:
+def map_memory(fd: int, num_bytes: int, offset: int = 0) -> Memory:
     """Map a part of a file, and unmap it when nothing holds what is returned any more. Raises OSError.
 
     The module mmap keeps a descriptor for each mapping, of which a process has 1,024. And unmapping an adapter takes as
@@ -125,17 +64,50 @@ def _map(fd: int, num_bytes: int, offset: int) -> ctypes.Array[ctypes.c_char]:
         code = ctypes.get_errno()
         raise OSError(code, f"{num_bytes} bytes of shared memory cannot be mapped: {os.strerror(code)}")
     memory = (ctypes.c_char * num_bytes).from_address(address)
-    weakref.finalize(memory, _background().submit, libc.munmap, address, num_bytes).atexit = False
+    weakref.finalize(memory, _unmapping().put, partial(libc.munmap, address, num_bytes)).atexit = False
     return memory
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+def lease(memory: Memory, on_end: Callable[[], None]) -> Memory:
+    """The same memory, which lives as long; `on_end` is called when nothing holds what is returned any more.
+
+    That may be in any thread, between any two of its instructions: `on_end` must take no lock.
+    """
+    own = (ctypes.c_char * len(memory)).from_address(ctypes.addressof(memory))
+    weakref.finalize(own, _end_lease, memory, on_end).atexit = False
+    return own
+
+
+def _end_lease(_: Memory, on_end: Callable[[], None]) -> None:
+    on_end()
+
+
+def populate(memory: Memory, start: int, num_bytes: int) -> None:
+    """Get a part of it from the system, which takes as long as reading it from a fast disk. `start` is a page's."""
+    _libc().madvise(ctypes.addressof(memory) + start, min(num_bytes, len(memory) - start), _MADV_POPULATE_WRITE)
+
+
+def discard(memory: Memory) -> None:
+    """Give all of it back to the system at once, for every process that maps it: it reads as zeros from now on."""
+    _libc().madvise(ctypes.addressof(memory), len(memory), _MADV_REMOVE)
+
+
+def tensor_over(memory: Memory, shape: Sequence[int], offset: int, dtype: torch.dtype) -> Tensor:
+    """A tensor over the memory; raises ValueError if it does not lie in it."""
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(*shape)
 
 
 @lru_cache(maxsize=1)
-def _background() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-memory")
+def _unmapping() -> queue.SimpleQueue[Callable[[], Any]]:
+    """What is put here is called by a thread; putting takes no lock that its own thread could hold."""
+    calls: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
+
+    def run() -> None:
+        while True:
+            calls.get()()
+
+    threading.Thread(target=run, name="adapter-memory", daemon=True).start()
+    return calls
 
 
 @lru_cache(maxsize=1)

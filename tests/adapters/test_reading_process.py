@@ -144,15 +144,41 @@ def test_the_process_stands_back_as_the_environment_says(
         reading.close()
 
 
-def test_memory_of_an_adapter_is_unmapped_when_its_last_tensor_is_gone(process: ReadingProcess, mixed: Path) -> None:
-    before = _num_mappings()
-    read: ReadAdapter | None = process.read("m", str(mixed), "")
-    assert _num_mappings() == before + 1
-    last = next(iter(read.host.linears.values())).factors["a"] if read else None
+def test_memory_is_used_again_when_the_last_tensor_over_it_is_gone_and_not_before(
+    rules: FolderRules, folders: dict[str, Path]
+) -> None:
+    reading = ReadingProcess(rules)
+    try:
+        path = str(folders["own"])
+        read: ReadAdapter | None = reading.read("m", path, "")
+        last = next(iter(read.host.linears.values())).factors["a"] if read else None
+        assert last is not None
+        first, content = last.data_ptr(), last.clone()
+        del read
+        others = [reading.read(f"other {form}", str(folders[form]), "") for form in ("own", "shared", "whole", "own")]
+        assert torch.equal(last, content)
+        taken = {_place_of_first(other) for other in (others[0], others[-1])}
+        assert len(taken | {first}) == 3
+        del last
+        assert _comes_true(lambda: first in (_place_of_first(again) for again in [reading.read("m", path, "")]))
+        assert torch.equal(next(iter(others[0].host.linears.values())).factors["a"], content)
+    finally:
+        reading.close()
+
+
+def test_all_memory_is_unmapped_when_the_process_is_closed_and_the_last_tensor_is_gone(
+    rules: FolderRules, mixed: Path
+) -> None:
+    before = _mapped_files()
+    reading = ReadingProcess(rules)
+    read: ReadAdapter | None = reading.read("m", str(mixed), "")
+    reading.read("n", str(mixed), "")
+    assert len(_mapped_files() - before) == 2
+    reading.close()
+    assert _comes_true(lambda: len(_mapped_files() - before) == 1)
+    assert read is not None and torch.isfinite(next(iter(read.host.linears.values())).factors["a"]).all()
     del read
-    assert _num_mappings() == before + 1 and last is not None
-    del last
-    assert _comes_true(lambda: _num_mappings() == before)
+    assert _comes_true(lambda: _mapped_files() <= before)
 
 
 def test_an_adapter_in_host_memory_holds_no_descriptor(process: ReadingProcess, mixed: Path) -> None:
@@ -160,6 +186,8 @@ def test_an_adapter_in_host_memory_holds_no_descriptor(process: ReadingProcess, 
     before = len(os.listdir("/proc/self/fd"))
     kept = [process.read("m", str(mixed), "") for _ in range(5)]
     assert (len(os.listdir("/proc/self/fd")), len(kept)) == (before, 5)
+    files = [os.readlink(file) for file in Path(f"/proc/{process.pid}/fd").iterdir()]
+    assert sum("graft-adapter" in file for file in files) <= 1  # that which is ready for the next one
 
 
 def test_a_killed_process_fails_the_load_under_way_and_the_next_load_has_a_new_one(
@@ -238,8 +266,14 @@ def test_the_process_ends_with_a_parent_that_is_killed(base_dir: Path) -> None:
         assert _comes_true(lambda: _state(child) in ("", "Z"))
 
 
-def _num_mappings() -> int:
-    return sum("graft-adapter" in line for line in MAPPINGS.read_text(encoding="utf-8").splitlines())
+def _place_of_first(read: ReadAdapter) -> int:
+    return next(iter(read.host.linears.values())).factors["a"].data_ptr()
+
+
+def _mapped_files() -> set[str]:
+    """Inodes of the memory of adapters that this process maps."""
+    lines = MAPPINGS.read_text(encoding="utf-8").splitlines()
+    return {line.split()[4] for line in lines if "graft-adapter" in line}
 
 
 def _state(pid: int) -> str:
