@@ -1,10 +1,14 @@
-"""Inter-token latency of 16 running requests while adapters are loaded, replaced and unloaded, one every second.
+"""Inter-token latency of 16 running requests while adapters are loaded, replaced or unloaded, one every second.
 
     python -m benchmarks.steps_while_loading [--tiny] [--segments N] [--seconds S] [--models DIR] [--results DIR]
 
 A real server, the bench model, adapters of 66 MB. Segments without (A) and with operations (B) alternate in one run, in
 the order A B B A. Each begins with 16 new streams over six adapters; nothing counts before each of them has had its
 eighth token. Gaps are those between messages at the client, which is this process, and between steps in the engine.
+
+A second that is a multiple of three loads one of three adapters, the next second replaces the one that was loaded three
+seconds before that, and the next one unloads the one that was replaced before. So an operation begins every second
+however long one takes; only the one before of the same adapter is waited for.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ MAX_TOKENS = 4000
 ASKED_MEDIAN_RATIO, ASKED_P99_RATIO = 1.05, 1.25
 SETTLE_SECONDS = 0.5  # an operation's work may go on after its answer
 OPERATIONS = ("load", "replace", "unload")
+NUM_CHANGING = len(OPERATIONS)
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,39 @@ class Operation:
     kind: str
     begun: float
     answered: float
+
+
+class Changes:
+    """The operations in their order, and for each adapter the one after the other."""
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self._turns = itertools.count()
+        self._locks = [asyncio.Lock() for _ in range(NUM_CHANGING)]
+        for turn in (-3, -6):  # what the first turns replace and unload
+            self._operate("load", self._index(turn))
+
+    async def next(self, segment: Segment) -> None:
+        """One more operation, from now on."""
+        turn = next(self._turns)
+        kind = OPERATIONS[turn % len(OPERATIONS)]
+        index = self._index(turn - NUM_CHANGING * (turn % len(OPERATIONS)))
+        begun = time.monotonic()
+        async with self._locks[index]:
+            await asyncio.to_thread(self._operate, kind, index)
+        segment.operations.append(Operation(kind, begun, time.monotonic()))
+
+    def _index(self, turn: int) -> int:
+        return turn // len(OPERATIONS) % NUM_CHANGING
+
+    def _operate(self, kind: str, index: int) -> None:
+        """An adapter that no stream uses."""
+        name = f"changing-{index}"
+        if kind == "unload":
+            self._served.unload(name)
+        else:
+            folder = adapter_dir(self._served.models, NUM_USED_ADAPTERS + (kind == "replace"), "per-expert")
+            self._served.load(name, folder, replace=kind == "replace")
 
 
 @dataclass
@@ -84,30 +122,31 @@ def main() -> None:
 
 async def _measure(served: Served, num_segments: int, seconds: float) -> list[Segment]:
     segments = []
-    operations = itertools.cycle(OPERATIONS)
+    changes = Changes(served)
     async with grpc.aio.insecure_channel(served.address) as channel:
         for number in range(num_segments):
             segment = Segment(is_loading=number % 4 in (1, 2))
-            await _run(segment, channel, served, operations, seconds)
+            await _run(segment, channel, served, changes, seconds)
             segments.append(segment)
             print(f"segment {number + 1} of {num_segments}: {len(segment.gaps)} gaps", flush=True)
     return segments
 
 
 async def _run(
-    segment: Segment, channel: grpc.aio.Channel, served: Served, operations: itertools.cycle[str], seconds: float
+    segment: Segment, channel: grpc.aio.Channel, served: Served, changes: Changes, seconds: float
 ) -> None:
-    """One segment: streams, and operations if it has any."""
+    """One segment: streams, and operations if it has any, whose last ones belong to it."""
     warm = asyncio.Semaphore(0)
     streams = [asyncio.create_task(_stream(segment, channel, index, warm)) for index in range(NUM_STREAMS)]
     for _ in streams:
         await asyncio.wait_for(warm.acquire(), 120)
     segment.begun = time.monotonic()
-    segment.ended = segment.begun + seconds
-    while (now := time.monotonic()) < segment.ended:
+    under_way = []
+    for second in range(int(seconds)):
         if segment.is_loading:
-            await asyncio.to_thread(_operate, segment, served, next(operations))
-        await asyncio.sleep(max(0.0, min(segment.ended, now + 1.0) - time.monotonic()))
+            under_way.append(asyncio.create_task(changes.next(segment)))
+        await asyncio.sleep(max(0.0, segment.begun + second + 1 - time.monotonic()))
+    await asyncio.gather(*under_way)
     segment.ended = time.monotonic()
     for stream in streams:
         stream.cancel()
@@ -131,18 +170,6 @@ async def _stream(segment: Segment, channel: grpc.aio.Channel, index: int, warm:
         if not is_warm and response.generated_token_count >= NUM_WARM_TOKENS:
             is_warm = True
             warm.release()
-
-
-def _operate(segment: Segment, served: Served, kind: str) -> None:
-    """One load, replacement or unloading of an adapter that no stream uses."""
-    begun = time.monotonic()
-    if kind == "load":
-        served.load("changing", adapter_dir(served.models, NUM_USED_ADAPTERS, "per-expert"))
-    elif kind == "replace":
-        served.load("changing", adapter_dir(served.models, NUM_USED_ADAPTERS + 1, "per-expert"), replace=True)
-    else:
-        served.unload("changing")
-    segment.operations.append(Operation(kind, begun, time.monotonic()))
 
 
 def summarise(segments: Sequence[Segment], steps: Sequence[Sequence[float]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""When the memory of vacant pages is given back: at once if nothing runs, else after a while and piece by piece."""
+"""When vacant pages are given back and young pools merged: at once if nothing runs, else in time and piece by piece."""
 
 from __future__ import annotations
 
@@ -13,50 +13,59 @@ from runtime.adapters.device_pages import DevicePages
 
 logger = logging.getLogger(__name__)
 
-# Under traffic vacant pages wait so long for an adapter that can use them.
-VACANT_SECONDS = 2.0
+# Under traffic both happen when no adapter has come or left for so long: while some do, others can use vacant pages,
+# and giving them back and getting them again would copy all that stays each time.
+QUIET_SECONDS = 10.0
+# However many come and leave, young pools are merged after so long: steps need a product more for each.
+MAX_YOUNG_SECONDS = 60.0
 # If the device has no room to copy what stays, so long for the next attempt.
 RETRY_SECONDS = 10.0
+# Where nothing runs, more than a piece is done at a time, but a request that comes meanwhile waits no longer than that.
+MAX_IDLE_SECONDS = 0.05
 
 
 class Compaction:
-    """Owned by the device tier, which tells it when pages may have become vacant and when adapters come in."""
+    """Owned by the device tier, which tells it when adapters have come and left."""
 
     def __init__(self, pages: DevicePages) -> None:
         self._pages = pages
         self._pieces: Iterator[None] | None = None
-        self._due = math.inf
+        self._quiet_at = math.inf
+        self._merge_at = math.inf
         self._not_before = 0.0
 
     @property
     def due(self) -> float:
-        """When vacant pages have waited long enough, on the monotonic clock; infinity if there are none."""
-        return max(self._due, self._not_before)
+        """When there will be something to do in traffic, on the monotonic clock; infinity if there is nothing."""
+        return max(min(self._quiet_at, self._merge_at), self._not_before)
 
     @property
     def can_run(self) -> bool:
         """Whether `advance(whole=True)` would do anything."""
-        return self._pages.vacant_bytes > 0 and time.monotonic() >= self._not_before
+        return self._quiet_at < math.inf and time.monotonic() >= self._not_before
 
     def note(self) -> None:
-        """Pages have become vacant, or vacant ones have been used."""
-        if not self._pages.vacant_bytes:
-            self._due = math.inf
-        elif self._due == math.inf:
-            self._due = time.monotonic() + VACANT_SECONDS
+        """An adapter has come or left."""
+        now = time.monotonic()
+        has_young = self._pages.has_young
+        self._quiet_at = now + QUIET_SECONDS if has_young or self._pages.vacant_bytes else math.inf
+        self._merge_at = min(self._merge_at, now + MAX_YOUNG_SECONDS) if has_young else math.inf
 
     def stop(self) -> None:
         """An adapter comes, which may use what is vacant; what has been copied of one pool is dropped."""
         self._pieces = None
 
     def advance(self, *, whole: bool) -> None:
-        """Give all vacant pages back, or one piece of them if they are due. Not while adapters are copied."""
-        if not self.can_run or (not whole and time.monotonic() < self._due):
+        """One piece of what is due, or pieces of all that there is for a while. Not while adapters are copied."""
+        now = time.monotonic()
+        if not self.can_run or (not whole and now < self.due):
             return
-        pieces = self._pieces = self._pieces or self._pages.compact()
+        if self._pieces is None:
+            is_quiet = whole or now >= self._quiet_at
+            self._pieces = self._pages.compact() if is_quiet else self._pages.merge()
         try:
-            for _ in pieces:
-                if not whole:
+            for _ in self._pieces:
+                if not whole or time.monotonic() - now > MAX_IDLE_SECONDS:
                     return
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -64,7 +73,6 @@ class Compaction:
             logger.warning("no room on the device to compact adapter pages; trying again in %g s", RETRY_SECONDS)
             self._not_before = time.monotonic() + RETRY_SECONDS
         self._pieces = None
-        self._due = math.inf
         self.note()
 
 

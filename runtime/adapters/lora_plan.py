@@ -12,7 +12,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from runtime.adapters.device_pages import DevicePages
+from runtime.adapters.device_pages import OLD, DevicePages
 from runtime.adapters.page_places import NO_PAGE
 from runtime.adapters.page_pool import PagePool
 from runtime.adapters.shared_outer import SharedOuterDeltas
@@ -107,7 +107,7 @@ class LoraPlan:
 
         shared = []
         for inner in self._active_pools(self._pages.inner.get(layer, {}).values()):
-            outer = self._pages.outer[layer][inner.lora_rank]
+            outer = self._pages.outer[layer][inner.lora_rank, OLD]
             routed = self._expert_rows(inner, keys_M, rows)
             tokens = self._linear_rows(outer)
             shared.append(SharedOuterDeltas(self._ops, outer, tokens, inner, routed, x_TH, rows))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from runtime.adapters.compaction import is_out_of_memory
+from runtime.adapters.compaction import MAX_IDLE_SECONDS, is_out_of_memory
 from runtime.adapters.device_tier import DeviceTier
 from runtime.adapters.host_tier import HostTier
 from runtime.adapters.info import AdapterState
@@ -95,7 +95,11 @@ class AdapterMemory:
         return True
 
     def advance(self, *, whole: bool) -> None:
-        """Between two steps: take finished reads, give out places, and copy or compact a piece (all if `whole`)."""
+        """Between two steps: take finished reads, give out places, and copy or compact a piece.
+
+        If `whole`, because nothing runs, more pieces, for a bounded time.
+        """
+        begun = time.monotonic()
         self.reader.deliver()
         self.device.seat_wanted()
         if self._parked is not None and self._can_unpark(self._parked):
@@ -104,7 +108,7 @@ class AdapterMemory:
             finished = self.device.advance()
             if finished is not None:
                 self._seated(*finished)
-            elif not whole:
+            elif not whole or time.monotonic() - begun > MAX_IDLE_SECONDS:
                 return
         self.device.compaction.advance(whole=whole)
 

@@ -5,19 +5,21 @@ There are no pages for what an adapter leaves alone: the table maps it to -1 and
 storage is exact. Pages ascend by (region, slot), which is the order in which the batch sorts its rows.
 
 A slot that leaves a pool copies nothing: its pages become vacant. The next adapter of that slot is written into them if
-they have all the places that it needs; else the pool is copied, without what is vacant, into tensors of the new size.
-Steps may run between the copies: they see the pool as it was until all of it is there.
+they have all the places that it needs; else the pool is copied into tensors of the new size, with what is vacant if
+there is room for it: others may be about to come. Steps may run between the copies: they see the pool as it was until
+all of it is there.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from runtime.adapters.page_copies import PageCopies, PageSource, parts_of
 from runtime.adapters.page_places import Owner, PagePlaces
 
 
@@ -62,6 +64,11 @@ class PagePool:
     def vacant_bytes(self) -> int:
         """Bytes of the vacant pages."""
         return self.page_bytes * self.places.num_vacant
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of all its pages."""
+        return self.page_bytes * self.num_pages
 
     @property
     def num_pages(self) -> int:
@@ -112,22 +119,35 @@ class PagePool:
         regions = frozenset(pages.regions)
         return [slot for slot in slots if self.places.can_hold(slot, regions)]
 
-    def inserting(self, slot: int, pages: HostPages, max_copy_bytes: int) -> Iterator[int]:
+    def inserting(
+        self, slot: int, pages: HostPages, max_copy_bytes: int, *, keep_vacant: bool = False
+    ) -> Iterator[int]:
         """Add a slot's pages piece by piece: yields before each copy how many bytes it is going to move.
 
         A copy moves at most `max_copy_bytes`, or one page of one factor. Slots may be removed, inserted and pages
         compacted in between: what they make obsolete begins again. An allocation that fails leaves the pool as it was.
+        If the pool has to be copied, vacant pages of other slots are left out unless `keep_vacant`.
         """
         while slot not in self.slots:
             if self.slots_that_hold([slot], pages):
                 yield from self._write(slot, pages, max_copy_bytes)
             else:
-                yield from self._rebuild(slot, pages, max_copy_bytes)
+                owners = self.places.owners if keep_vacant else self.places.occupied_owners()
+                kept = [owner for owner in owners if owner[1] != slot]
+                yield from self._rebuild([(self, kept)], max_copy_bytes, slot, pages)
 
     def compacting(self, max_copy_bytes: int) -> Iterator[int]:
         """Give the memory of vacant pages back, in such pieces as `inserting`; ends early if the pool changes."""
         if self.places.num_vacant:
-            yield from self._rebuild(-1, None, max_copy_bytes)
+            yield from self._rebuild([(self, self.places.occupied_owners())], max_copy_bytes)
+
+    def merging(self, other: PagePool, max_copy_bytes: int, *, keep_vacant: bool) -> Generator[int, None, bool]:
+        """Take over all pages of another pool, in such pieces; returns False if it ended early because one changed."""
+        mine, others = self.places.occupied_owners(), other.places.occupied_owners()
+        if keep_vacant:
+            mine += sorted(set(self.places.owners) - {*mine, *others})
+            others += sorted(set(other.places.owners) - {*mine, *others})
+        return (yield from self._rebuild([(self, mine), (other, others)], max_copy_bytes))
 
     def remove(self, slot: int) -> None:
         """Leave a slot's pages vacant."""
@@ -136,7 +156,7 @@ class PagePool:
     def _write(self, slot: int, pages: HostPages, max_copy_bytes: int) -> Iterator[int]:
         factors = self.factors
         index = self._index([self.page(slot, region) for region in pages.regions])
-        for name, part in _parts(pages.factors, max_copy_bytes):
+        for name, part in parts_of(pages.factors, max_copy_bytes):
             yield pages.factors[name][part].nbytes
             if self.factors is not factors:
                 return
@@ -144,52 +164,47 @@ class PagePool:
             factors[name].index_copy_(0, index[part], pages.factors[name][part].to(self.device))
         self.places.occupy({slot: set(pages.regions)})
 
-    def _rebuild(self, slot: int, pages: HostPages | None, max_copy_bytes: int) -> Iterator[int]:
-        """Copy what is occupied, and the slot's pages if there are any, to new tensors; these replace the old ones."""
-        factors, num_writes = self.factors, self._num_writes
+    def _rebuild(
+        self,
+        kept: Sequence[tuple[PagePool, list[Owner]]],
+        max_copy_bytes: int,
+        slot: int = -1,
+        pages: HostPages | None = None,
+    ) -> Generator[int, None, bool]:
+        """Copy what is kept of pools, and a slot's pages if there are any, to tensors that replace this pool's.
+
+        Returns False if a pool changed meanwhile. New memory takes as long as copying, so each byte counts twice.
+        """
+        before = [(pool, pool.factors, pool._num_writes) for pool, _ in kept]
         added = [(region, slot) for region in pages.regions] if pages is not None else []
-        places = PagePlaces(sorted(self.places.occupied_owners() + added), self.places.size, self.device)
-        target = {name: old.new_empty((len(places.owners), *old.shape[1:])) for name, old in factors.items()}
-        fill = _Fill(self, places, added)
-        for name, part in _parts(target, max_copy_bytes):
-            yield target[name][part].nbytes
-            if self.factors is not factors or self._num_writes != num_writes:
-                return
-            fill.copy(target[name], name, part, pages)
-        # What was removed meanwhile stays vacant in the new tensors.
-        places.occupy(self.places.occupied)
+        owners = sorted(chain(added, *(own for _, own in kept)))
+        places = PagePlaces(owners, self.places.size, self.device)
+        target = {name: old.new_empty((len(owners), *old.shape[1:])) for name, old in self.factors.items()}
+        sources = [_source(pool.factors, pool.places.page_of, own, places) for pool, own in kept if own]
+        if pages is not None:
+            sources.append(PageSource(pages.factors, None, [places.page_of[owner] for owner in added]))
+        copies = PageCopies(sources, len(owners), self.device)
+        for name, part in parts_of(target, max_copy_bytes // 2):
+            yield 2 * target[name][part].nbytes
+            if any(pool.factors is not factors or pool._num_writes != writes for pool, factors, writes in before):
+                return False
+            copies.copy(target[name], name, part)
+        # What was vacant, or was removed meanwhile, is vacant in the new tensors.
+        for pool, _ in kept:
+            places.occupy(pool.places.occupied)
         if pages is not None:
             places.occupy({slot: set(pages.regions)})
         self.factors, self.places = target, places
+        return True
 
     def _index(self, pages: list[int]) -> Tensor:
         return torch.tensor(pages, dtype=torch.int64, device=self.device)
 
 
-class _Fill:
-    """Where each page of a rebuilt pool comes from."""
-
-    def __init__(self, pool: PagePool, places: PagePlaces, added: list[Owner]) -> None:
-        self._pool = pool
-        old, is_added = pool.places.page_of, set(added)
-        # The places of added pages are filled with any page first, so that one operation copies the others.
-        self._from_P = pool._index([0 if owner in is_added else old[owner] for owner in places.owners])
-        self._has_old = len(places.owners) > len(added)
-        self._added_to = [places.page_of[owner] for owner in added]
-        self._added_to_P = pool._index(self._added_to)
-
-    def copy(self, target: Tensor, name: str, part: slice, pages: HostPages | None) -> None:
-        """Fill the pages `part` of one factor."""
-        if self._has_old:
-            torch.index_select(self._pool.factors[name], 0, self._from_P[part], out=target[part])
-        if pages is not None:
-            rows = slice(bisect_left(self._added_to, part.start), bisect_left(self._added_to, part.stop))
-            target.index_copy_(0, self._added_to_P[rows], pages.factors[name][rows].to(target.device))
-
-
-def _parts(factors: Mapping[str, Tensor], max_bytes: int) -> Iterator[tuple[str, slice]]:
-    """All pages of all factors, some of one factor at a time."""
-    for name, tensor in factors.items():
-        num_pages = max(1, max_bytes // max(1, tensor[:1].nbytes))
-        for start in range(0, len(tensor), num_pages):
-            yield name, slice(start, min(start + num_pages, len(tensor)))
+def _source(
+    factors: Mapping[str, Tensor], page_of: Mapping[Owner, int], owners: list[Owner], places: PagePlaces
+) -> PageSource:
+    ascending = sorted(owners)
+    return PageSource(
+        factors, [page_of[owner] for owner in ascending], [places.page_of[owner] for owner in ascending]
+    )

@@ -198,7 +198,7 @@ class AdapterStore:
             self._sums.follow(record)
 
     def advance(self, *, whole: bool) -> None:
-        """Between two steps: take finished reads, give out places, and copy or compact a piece (all if `whole`)."""
+        """Between two steps: take finished reads, give out places, and copy or compact a piece, or more if `whole`."""
         self.memory.advance(whole=whole)
         self._drains.end_overdue(time.monotonic())
 

@@ -43,7 +43,7 @@ class Ops(ABC):
     holds_scores = True
     lora_a_rows_first = False
     routed_row_multiple = 1
-    max_copy_bytes = 8 * 2**20
+    max_copy_bytes = 16 * 2**20
 
     def shares(self, counts_G: Tensor) -> list[tuple[slice, slice]]:
         """(groups, rows) of the parts that `side_by_side` gains by; all in one has rows to the end, None."""

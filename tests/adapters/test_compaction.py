@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from runtime.adapters import compaction
+from runtime.adapters.info import AdapterInfo
 from runtime.adapters.store import AdapterStore
 from runtime.config import EngineConfig
-from tests.adapters.conftest import MakeStore
+from tests.adapters.conftest import MakeStore, StoreDriver
 from tests.oracle.adapters import AdapterRecipe, write_adapter
 from tests.oracle.base_models import Oracle
 from tests.oracle.driver import driven_engine
@@ -27,6 +28,17 @@ def _all_bytes(store: AdapterStore) -> int:
     return sum(tensor.nbytes for tensor in _tensors(store))
 
 
+def _load_in_traffic(store: StoreDriver, name: str, path: Path, **options: object) -> AdapterInfo:
+    store.start(name, path, **options)
+    while not store.replies:
+        store.woken.wait(0.02)
+        store.store.advance(whole=False)
+    (info,) = store.replies
+    store.replies.clear()
+    assert isinstance(info, AdapterInfo)
+    return info
+
+
 def test_replacing_an_adapter_again_and_again_in_traffic_allocates_nothing_after_the_first_time(
     make: MakeStore, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,11 +47,7 @@ def test_replacing_an_adapter_again_and_again_in_traffic_allocates_nothing_after
     store.load("one", files["one"])
     tensors: list[torch.Tensor] = []
     for turn, name in enumerate(("two", "three", "four", "five")):
-        store.start("one", files[name], replace=True)
-        while not store.replies:
-            store.woken.wait(0.02)
-            store.store.advance(whole=False)
-        store.replies.clear()
+        _load_in_traffic(store, "one", files[name], replace=True)
         if turn:
             assert all(a is b for a, b in zip(tensors, _tensors(store.store), strict=True))
         tensors = _tensors(store.store)
@@ -62,7 +70,7 @@ def test_in_traffic_vacant_pages_wait_for_others_and_then_go_piece_by_piece(
     store.unload("two")
     store.store.advance(whole=False)
     assert store.store.pages.vacant_bytes == size and _all_bytes(store.store) == 3 * size
-    now[0] += compaction.VACANT_SECONDS - 0.01
+    now[0] += compaction.QUIET_SECONDS - 0.01
     store.store.advance(whole=False)
     assert store.store.pages.vacant_bytes == size and not store.store.memory.has_work
     assert store.store.next_due == pytest.approx(now[0] + 0.01)
@@ -140,3 +148,56 @@ def test_an_engine_whose_last_request_ends_a_drain_gives_the_memory_back(
         assert store.pages.vacant_bytes == 0 and _all_bytes(store) == store.pages.num_bytes
         assert driver.engine.stats().adapter_vacant_bytes == 0
         assert store.pages.num_bytes == driver.show("one").device_bytes
+
+
+def test_a_newcomer_copies_its_own_pages_and_not_those_of_all_others(
+    make: MakeStore, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(compaction.time, "monotonic", lambda: now[0])
+    store = make()
+    for name in ("one", "two", "three"):
+        store.load(name, files[name])
+    store.store.advance(whole=True)
+    pages = store.store.pages
+    assert not pages.has_young
+    old = _tensors(store.store)
+    size = _load_in_traffic(store, "four", files["one"]).device_bytes
+    assert pages.has_young and pages.num_bytes == 4 * size
+    assert sum(tensor.nbytes for tensor in _tensors(store.store) if not _is_one_of(tensor, old)) == size
+    assert sum(_is_one_of(tensor, old) for tensor in _tensors(store.store)) == len(old)
+
+    assert store.store.next_due == now[0] + compaction.QUIET_SECONDS
+    now[0] += compaction.QUIET_SECONDS
+    while store.store.memory.has_work:
+        store.store.advance(whole=False)
+    assert not pages.has_young and pages.num_bytes == 4 * size and pages.vacant_bytes == 0
+
+
+def test_while_adapters_come_and_go_pages_are_merged_in_time_and_vacant_ones_kept(
+    make: MakeStore, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(compaction.time, "monotonic", lambda: now[0])
+    store = make(max_copy_bytes=20_000)
+    for name in ("one", "two", "three"):
+        store.load(name, files[name])
+    while store.store.can_compact:
+        store.store.advance(whole=True)
+    began = now[0]
+    pages, size, were_young = store.store.pages, store.store.info("one").device_bytes, []
+    while now[0] < began + compaction.MAX_YOUNG_SECONDS + 5:
+        _load_in_traffic(store, "comes and goes", files["one"])
+        store.unload("comes and goes")
+        store.replies.clear()
+        now[0] += compaction.QUIET_SECONDS / 2
+        for _ in range(200):
+            store.store.advance(whole=False)
+        were_young.append(pages.has_young)
+        assert pages.vacant_bytes == size
+    assert were_young[0] and not were_young[-1]
+    assert were_young.count(True) * compaction.QUIET_SECONDS / 2 >= compaction.MAX_YOUNG_SECONDS - 10
+
+
+def _is_one_of(tensor: torch.Tensor, tensors: list[torch.Tensor]) -> bool:
+    return any(tensor is other for other in tensors)

@@ -136,6 +136,7 @@ ACTIONS = st.one_of(
     st.tuples(st.just("remove"), SLOTS, st.none()),
     st.tuples(st.just("break off"), SLOTS, ADAPTERS),
     st.tuples(st.just("compact"), st.integers(1, 5), st.none()),
+    st.tuples(st.just("merge"), st.integers(1, 5), st.none()),
 )
 
 
@@ -151,8 +152,9 @@ def test_after_any_history_mixed_batches_give_what_fresh_pages_give(ops: Ops) ->
         pages = DevicePages(NUM_EXPERTS, NUM_SLOTS, CPU, max_copy_bytes=1500)
         live: dict[int, HostAdapter] = {}
         for number, (action, slot, recipe) in enumerate(actions):
-            if action == "compact":
-                for _, _ in zip(range(slot), pages.compact(), strict=False):
+            if action in ("compact", "merge"):
+                pieces = pages.compact() if action == "compact" else pages.merge()
+                for _, _ in zip(range(slot), pieces, strict=False):
                     pass
                 continue
             live.pop(slot, None)
@@ -177,7 +179,9 @@ def test_after_any_history_mixed_batches_give_what_fresh_pages_give(ops: Ops) ->
             assert torch.equal(got, wanted)
         for _ in pages.compact():
             pass
-        assert (pages.num_bytes, pages.vacant_bytes) == (fresh.num_bytes, 0)
+        assert (pages.num_bytes, pages.vacant_bytes, pages.has_young) == (fresh.num_bytes, 0, False)
+        for got, wanted in zip(_outputs(pages, ops, live, seed), _outputs(fresh, ops, live, seed), strict=True):
+            assert torch.equal(got, wanted)
 
     check()
 

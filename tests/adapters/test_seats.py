@@ -28,6 +28,7 @@ class FakePages:
     """Takes no time and no memory."""
 
     num_bytes = vacant_bytes = 0
+    has_young = False
 
     def __init__(self, max_slots: int) -> None:
         self.max_slots = max_slots
