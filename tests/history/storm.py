@@ -35,15 +35,14 @@ FLAGS = (
 )
 
 
-def storm_server(folder: Path, broken: str = "", root: Path | None = None) -> LiveServer:
-    """`graft serve` with the marked base and `folder`/adapters or another root, whole or with a defect of `broken`."""
+def storm_server(folder: Path, engine: str = "whole", root: Path | None = None) -> LiveServer:
+    """`graft serve` with the marked base, `folder`/adapters or another root, and an engine of `broken`."""
     base, root = folder / "base", root or folder / "adapters"
     if not base.exists():
         write_base(base)
     root.mkdir(exist_ok=True)
-    module = ["tests.history.serve_broken", broken] if broken else ["runtime.cli"]
-    command = [sys.executable, "-m", *module, "serve", str(base), "--adapters-root", str(root), *FLAGS]
-    return LiveServer(command, child_environment())
+    command = [sys.executable, "-m", "tests.history.serve_storm", engine, "serve", str(base)]
+    return LiveServer([*command, "--adapters-root", str(root), *FLAGS], child_environment())
 
 
 @dataclass(frozen=True)
