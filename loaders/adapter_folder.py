@@ -208,11 +208,11 @@ class AdapterFolder:
                     file.observe(run.offset, run.num_bytes, partial(self._hash_now, sha.update))
                     continue
                 memory = file.read_bytes(run.offset, run.num_bytes, partial(self._hash, sha.update)).view(run.dtype)
-                tensors = dict(zip(run.names, run.split(memory), strict=True))
+                tensors = run.split(memory)
                 contents.tensors.update(tensors)
                 contents.zeros.update(name for name in run.begin_with_zero(memory) if is_zero(tensors[name]))
                 if not is_finite(memory):
-                    contents.problems.extend(non_finite(tensors))
+                    contents.problems.extend(non_finite({name: tensors[name] for name in run.names}))
             self._hashes.append((file.label, file.num_bytes, self._hasher.submit(sha.hexdigest)))
         return contents
 

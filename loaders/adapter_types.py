@@ -47,7 +47,7 @@ class LoraPair:
     @property
     def lora_rank(self) -> int:
         """The rank r."""
-        return self.a.shape[0]
+        return self.a.size(0)
 
 
 @dataclass(frozen=True)

@@ -36,26 +36,41 @@ class Run:
         return tuple(tensor.name for tensor in self.tensors)
 
     @cached_property
-    def _places(self) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
-        """Shape, strides and start of each in memory of `dtype`."""
+    def _starts(self) -> list[int]:
+        """Where each begins in memory of `dtype`, in numbers."""
         size = self.dtype.itemsize if self.dtype else 1
-        return [(t.shape, _strides(t.shape), (t.offset - self.offset) // size) for t in self.tensors]
+        return [(tensor.offset - self.offset) // size for tensor in self.tensors]
 
     @cached_property
-    def _starts(self) -> tuple[list[str], torch.Tensor]:
+    def _first_numbers(self) -> tuple[list[str], torch.Tensor]:
         """Keys of tensors that have numbers, and where the first one lies."""
-        places = zip(self.tensors, self._places, strict=True)
-        starts = {tensor.name: start for tensor, (_, _, start) in places if tensor.num_bytes}
-        return list(starts), torch.tensor(list(starts.values()), dtype=torch.long)
+        starts = zip(self.tensors, self._starts, strict=True)
+        found = {tensor.name: start for tensor, start in starts if tensor.num_bytes}
+        return list(found), torch.tensor(list(found.values()), dtype=torch.long)
+
+    @cached_property
+    def _stacks(self) -> list[tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...], int]]:
+        """Keys, shape, strides and start of tensors of one shape at equal distances: those of one expert come again."""
+        shapes, starts = [tensor.shape for tensor in self.tensors], self._starts
+        period = next(period for period in range(1, len(shapes) + 1) if shapes[period:] == shapes[:-period])
+        distance = starts[period] if period < len(starts) else 0
+        stacks = []
+        for first, shape in enumerate(shapes[:period]):
+            names = self.names[first::period]
+            stacks.append((names, (len(names), *shape), (distance, *_strides(shape)), starts[first]))
+        return stacks
 
     def begin_with_zero(self, memory: torch.Tensor) -> list[str]:
         """Keys of the tensors whose first number is 0: none else can be all zero."""
-        names, starts = self._starts
-        return [names[index] for index in memory[starts].eq(0).nonzero().flatten().tolist()]
+        names, places = self._first_numbers
+        return [names[index] for index in memory[places].eq(0).nonzero().flatten().tolist()]
 
-    def split(self, memory: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors in `memory` [numbers of `dtype`], which they share."""
-        return [memory.as_strided(*place) for place in self._places]
+    def split(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors by key, in `memory` [numbers of `dtype`], which they share."""
+        tensors: dict[str, torch.Tensor] = {}
+        for names, shape, strides, start in self._stacks:
+            tensors.update(zip(names, memory.as_strided(shape, strides, start).unbind(), strict=True))
+        return tensors
 
 
 def runs_of(tensors: Iterable[StoredTensor], wanted: Set[str]) -> tuple[Run, ...]:

@@ -58,7 +58,7 @@ class PerExpertFormat:
             builder.skipped.append((pair.module, "lora_B is all zero, no effect"))
             return
         name = context.rules.name_in_patterns(pair.module)
-        builder.add_expert(layer, expert, projection, LoraPair(a, b, context.rules.scale(name, a.shape[0])))
+        builder.add_expert(layer, expert, projection, LoraPair(a, b, context.rules.scale(name, pair.a_shape[0])))
 
     def _parse_new(self, module: str) -> tuple[int, int, Projection]:
         match = self._module.match(module)
