@@ -89,9 +89,14 @@ class AdapterFolder:
         names = sorted(os.listdir(self._dir_fd))
         problems = _refused_files(names)
         weights = self._weight_files(names, problems)
+        try:
+            self.config = self._read_config()
+        except AdapterError as error:
+            if not problems:
+                raise
+            problems.append(error.headline.removeprefix(f"{self.path}: "))
         if problems:
             raise AdapterError(f"{self.path}: adapter refused", problems)
-        self.config = self._read_config()
         fds = [self._open_file(name) for name in weights]
         total_bytes = sum(os.fstat(fd).st_size for fd in fds)
         if max_bytes is not None and total_bytes > max_bytes:

@@ -172,7 +172,7 @@ def _add_limits(serve: argparse.ArgumentParser) -> None:
         type=int,
         default=server.max_adapter_requests,
         metavar="N",
-        help="requests that one adapter, or the base, may have in the server; 0: no bound",
+        help="requests that one adapter may have in the server; 0: no bound",
     )
     serve.add_argument(
         "--max-adapter-tokens",

@@ -92,10 +92,11 @@ class ServerConfig:
     has finished for `stall_seconds` while requests run. With `adapters_on_demand` a request may name any folder right
     under `adapters_root`; `adapters_manifest` is a file that lists the adapters that are to be there.
 
-    One adapter, or the base, may have `max_adapter_requests` requests in the server, waiting or running, whose prompts
-    and answers may come to `max_adapter_tokens` tokens together; 0 is no bound. The default is half of the requests
-    that may wait by default, so that one adapter cannot take all places. For tokens there is none: a bound below the
-    longest sequence would refuse good requests, and what is too much depends on the KV cache.
+    One adapter may have `max_adapter_requests` requests in the server, waiting or running, whose prompts and answers
+    may come to `max_adapter_tokens` tokens together; 0 is no bound. The default is half of the requests that may wait
+    by default, so that one adapter cannot take all places. For tokens there is none: a bound below the longest sequence
+    would refuse good requests, and what is too much depends on the KV cache. Requests that name no adapter are bounded
+    by `max_waiting_requests` alone.
     """
 
     engine: EngineConfig

@@ -112,11 +112,6 @@ class PagePool:
         regions = frozenset(pages.regions)
         return [slot for slot in slots if self.places.can_hold(slot, regions)]
 
-    def insert(self, slot: int, pages: HostPages) -> None:
-        """Add a slot's pages, all at once."""
-        for _ in self.inserting(slot, pages, self.num_bytes + pages.num_bytes):
-            pass
-
     def inserting(self, slot: int, pages: HostPages, max_copy_bytes: int) -> Iterator[int]:
         """Add a slot's pages piece by piece: yields before each copy how many bytes it is going to move.
 

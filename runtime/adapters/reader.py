@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from runtime.adapters.compose import compose
+from runtime.adapters.compose import compose, joined_bytes
 from runtime.adapters.expression import weight_text
 from runtime.adapters.folder_reader import ReadAdapter, ReadsFolders, as_graft_error, facts_of, printable
 from runtime.adapters.record import Source
@@ -82,7 +82,7 @@ class AdapterReader:
         return self.folders.read(name, source.path, source.digest)
 
     def _sum(self, name: str, source: Source, started: float) -> ReadAdapter:
-        """A weighted sum; parts that are not in memory are read, and are not kept. Its bytes are those of its parts."""
+        """A weighted sum; parts that are not in memory are read, and are not kept."""
         reads: list[ReadAdapter] = []
         for _, part in source.parts:
             reads.append(self._read_part(part))
@@ -92,7 +92,7 @@ class AdapterReader:
                     "it cannot be a part of a sum, name it alone"
                 )
                 raise Precondition(message, reason="ADAPTER_REFUSED", field="adapter_id")
-            num_bytes = sum(read.host.expanded().num_bytes for read in reads)
+            num_bytes = joined_bytes([read.host for read in reads], self._limits.max_joined_rank)
             if num_bytes > self._limits.max_bytes:
                 message = (
                     f"adapter {name!r} takes {num_bytes} bytes on the device or more, beyond the "
@@ -121,12 +121,6 @@ class AdapterReader:
             return self._read(part.label, part)
         except Precondition as error:
             raise as_changed(part.label, error) from error
-
-
-def _require_digest(name: str, expected: str, digest: str) -> None:
-    if expected and digest != expected:
-        message = f"adapter {name!r} has digest {digest}, expected {expected}"
-        raise Precondition(message, reason="DIGEST_MISMATCH", field="expected_digest")
 
 
 def as_changed(label: str, error: GraftError) -> GraftError:

@@ -37,9 +37,16 @@ def _info(stub: ServerServiceStub, options: argparse.Namespace) -> Iterator[str]
         ("started", info.start_time.ToJsonString()),
         ("max_waiting_requests", str(info.max_waiting_requests)),
         ("max_receive_bytes", str(info.max_receive_bytes)),
+        ("max_adapter_requests", _or_no_bound(info.max_adapter_requests)),
+        ("max_adapter_tokens", _or_no_bound(info.max_adapter_tokens)),
+        ("replacement_experts", str(info.replacement_experts)),
     ]
     rows += [(field.name, f"{value:g}") for field, value in info.limits.ListFields()]
     return labelled(rows)
+
+
+def _or_no_bound(limit: int) -> str:
+    return str(limit) if limit else "no bound"
 
 
 def _load(stub: ServerServiceStub, options: argparse.Namespace) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""How many requests and tokens each adapter has in the server: bounded, so that none takes the places of all."""
+"""How many requests and tokens each adapter has in the server: bounded, so that none takes the places of all.
+
+The base is no adapter and has no bound of its own, as on a server that never saw one: the queue's holds for it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class Use:
 
 
 class AdapterQuotas:
-    """Counts by adapter names; the base is one too. A weighted sum takes a place of each of its parts.
+    """Counts by adapter names, and those of the base. A weighted sum takes a place of each of its parts.
 
     A sum counts for its parts because clients choose the weights: as itself it would have a quota for each weight. A
     sum that an operator has named counts as itself. 0 is no bound.
@@ -48,7 +51,7 @@ class AdapterQuotas:
 
     def take(self, places: Places, num_requests: int, num_tokens: int) -> None:
         """So many more for each adapter of the call; raises Exhausted, having taken nothing, if one has no room."""
-        for name in sorted(places.names):
+        for name in sorted(places.names - {BASE}):
             use = self._uses.get(name, Use())
             if _is_over(use.num_requests, num_requests, self._max_requests):
                 message = _refusal(name, "requests", use.num_requests, num_requests, self._max_requests)
@@ -114,9 +117,8 @@ def _is_over(used: int, wanted: int, limit: int) -> bool:
 
 
 def _refusal(name: str, what: str, used: int, wanted: int, limit: int) -> str:
-    whose = f"adapter {name!r}" if name else "the base"
     advice = "send fewer at once" if wanted > limit else "retry later"
     return (
-        f"{whose} has {used} {what} in the server, and this call would add {wanted}; one adapter may have {limit}: "
-        f"{advice}, or raise --max-adapter-{what}"
+        f"adapter {name!r} has {used} {what} in the server, and this call would add {wanted}; "
+        f"one adapter may have {limit}: {advice}, or raise --max-adapter-{what}"
     )

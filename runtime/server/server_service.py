@@ -55,6 +55,9 @@ class ServerService(pb_grpc.ServerServiceServicer):
             device=engine.device,
             max_waiting_requests=engine.max_waiting_requests,
             max_receive_bytes=self._config.max_receive_bytes,
+            max_adapter_requests=self._config.max_adapter_requests,
+            max_adapter_tokens=self._config.max_adapter_tokens,
+            replacement_experts=engine.replacement_experts,
         )
         info.start_time.FromMicroseconds(int(self._started * 1e6))
         if self.limits is not None:

@@ -18,10 +18,16 @@ def _pages(regions: list[int]) -> HostPages:
     return HostPages(2, regions, {"a": torch.randn(shape), "b": torch.randn(shape).transpose(1, 2).contiguous()})
 
 
+def _insert(pool: PagePool, slot: int, pages: HostPages) -> None:
+    """Add a slot's pages, all at once."""
+    for _ in pool.inserting(slot, pages, pool.num_bytes + pages.num_bytes):
+        pass
+
+
 def test_pages_know_the_place_of_the_next_one() -> None:
     pool = PagePool(_pages([0]), num_regions=4, max_slots=2, device=CPU)
-    pool.insert(1, _pages([1, 3]))
-    pool.insert(0, _pages([1]))
+    _insert(pool, 1, _pages([1, 3]))
+    _insert(pool, 0, _pages([1]))
     assert pool.table.tolist() == [[-1, -1, -1, -1], [-1, 0, -1, -1], [-1, 1, -1, 2]]
     assert (pool.next_regions_P.tolist(), pool.next_slots_P.tolist()) == ([1, 3, 4], [1, 1, 2])
     assert (pool.page(1, 3), pool.num_pages, pool.whole_slots) == (2, 3, frozenset())
@@ -35,8 +41,8 @@ def test_pages_know_the_place_of_the_next_one() -> None:
 
 def test_a_slot_is_written_into_its_own_vacant_pages_and_nothing_else_is_copied() -> None:
     pool = PagePool(_pages([0]), num_regions=4, max_slots=2, device=CPU)
-    pool.insert(0, _pages([0, 1, 3]))
-    pool.insert(1, _pages([1, 2]))
+    _insert(pool, 0, _pages([0, 1, 3]))
+    _insert(pool, 1, _pages([1, 2]))
     pool.remove(0)
     tensors, pages = dict(pool.factors), _pages([1, 3])
     copied = sum(pool.inserting(0, pages, 10**6))
@@ -48,11 +54,11 @@ def test_a_slot_is_written_into_its_own_vacant_pages_and_nothing_else_is_copied(
 
 def test_pools_that_differ_in_what_is_vacant_differ_in_layout() -> None:
     pool = PagePool(_pages([0]), num_regions=4, max_slots=2, device=CPU)
-    pool.insert(0, _pages([0, 1]))
+    _insert(pool, 0, _pages([0, 1]))
     before = pool.layout
     pool.remove(0)
     vacant = pool.layout
-    pool.insert(0, _pages([1]))
+    _insert(pool, 0, _pages([1]))
     assert len({before, vacant, pool.layout}) == 3
 
 
@@ -60,7 +66,7 @@ def test_pools_with_pages_for_the_same_regions_and_slots_have_one_layout() -> No
     def layout(*owners: tuple[int, list[int]]) -> bytes:
         pool = PagePool(_pages([0]), num_regions=4, max_slots=2, device=CPU)
         for slot, regions in owners:
-            pool.insert(slot, _pages(regions))
+            _insert(pool, slot, _pages(regions))
         return pool.layout
 
     assert layout((0, [1, 2]), (1, [0])) == layout((1, [0]), (0, [1, 2]))
@@ -69,8 +75,8 @@ def test_pools_with_pages_for_the_same_regions_and_slots_have_one_layout() -> No
 
 def test_slots_with_a_page_in_every_region_are_whole() -> None:
     pool = PagePool(_pages([0]), num_regions=2, max_slots=2, device=CPU)
-    pool.insert(0, _pages([0]))
-    pool.insert(1, _pages([0, 1]))
+    _insert(pool, 0, _pages([0]))
+    _insert(pool, 1, _pages([0, 1]))
     assert pool.whole_slots == {1}
 
 
@@ -81,7 +87,7 @@ def test_the_layout_changes_how_factors_lie_but_not_what_they_are(layout: Factor
     expert = ExpertLora(*pairs, down=LoraPair(torch.randn(3, 20), torch.randn(12, 3), 2.0))
     pages = _expert_pages(layout.padded_rank(3), {5: expert}, torch.float32, layout)
     pool = PagePool(pages, num_regions=8, max_slots=1, device=CPU)
-    pool.insert(0, pages)
+    _insert(pool, 0, pages)
     rank = 16 if layout.a_rows_first else 8
     assert pool.factors["a13"].shape == ((1, 2 * rank, 12) if layout.a_rows_first else (1, 12, 2 * rank))
     a_gate, a_up = pool.factor("a13")[0].split(rank, dim=1)

@@ -104,7 +104,7 @@ def test_shared_factors_take_the_bytes_that_they_have_in_the_file(
     record_number(f"{name}, rank 8: device bytes / own tensors' bytes", ratio, at_least=1.0, at_most=1.05)
 
 
-def _shared(seed: int, experts: list[int], rank: int = 8, *, scale: float = 0.5) -> AdapterWeights:
+def shared_weights(seed: int, experts: list[int], rank: int = 8, *, scale: float = 0.5) -> AdapterWeights:
     torch.manual_seed(seed)
     a_gate, a_up, b_down = torch.randn(rank, HIDDEN), torch.randn(rank, HIDDEN), torch.randn(HIDDEN, rank)
 
@@ -116,7 +116,7 @@ def _shared(seed: int, experts: list[int], rank: int = 8, *, scale: float = 0.5)
     return AdapterWeights({}, own, str, {}, "", (), 0, ())
 
 
-def _unmarked(weights: AdapterWeights) -> AdapterWeights:
+def unmarked(weights: AdapterWeights) -> AdapterWeights:
     """The same without the marks, so that every expert gets all factors."""
 
     def plain(pair: LoraPair | None) -> LoraPair | None:
@@ -142,9 +142,9 @@ def _assert_equal(one: HostAdapter, other: HostAdapter) -> None:
 
 @pytest.mark.parametrize("layout", LAYER_LAYOUTS, ids=["plain", "rows first"])
 def test_shared_factors_expand_to_what_each_expert_would_have(layout: FactorLayout) -> None:
-    weights = _shared(1, [0, 2, 5], rank=3)
+    weights = shared_weights(1, [0, 2, 5], rank=3)
     shared = to_host_adapter(weights, torch.float32, layout)
-    plain = to_host_adapter(_unmarked(weights), torch.float32, layout)
+    plain = to_host_adapter(unmarked(weights), torch.float32, layout)
     _assert_equal(shared.expanded(), plain)
     assert list(shared.shared_outer) == [3] and shared.num_bytes < plain.num_bytes
     assert (shared.num_expert_pages, shared.experts_of_layers) == (plain.num_expert_pages, plain.experts_of_layers)
@@ -152,9 +152,9 @@ def test_shared_factors_expand_to_what_each_expert_would_have(layout: FactorLayo
 
 @pytest.mark.parametrize("layout", LAYER_LAYOUTS, ids=["plain", "rows first"])
 def test_a_sum_with_shared_factors_is_the_sum_of_what_they_expand_to(layout: FactorLayout) -> None:
-    parts = [_shared(1, [0, 2, 5]), _shared(2, [2, 4], rank=16)]
+    parts = [shared_weights(1, [0, 2, 5]), shared_weights(2, [2, 4], rank=16)]
     shared = [to_host_adapter(part, torch.float32, layout) for part in parts]
-    plain = [to_host_adapter(_unmarked(part), torch.float32, layout) for part in parts]
+    plain = [to_host_adapter(unmarked(part), torch.float32, layout) for part in parts]
     weights = (0.5, -2.0)
     _assert_equal(
         compose(list(zip(weights, shared, strict=True)), 512), compose(list(zip(weights, plain, strict=True)), 512)
@@ -162,7 +162,7 @@ def test_a_sum_with_shared_factors_is_the_sum_of_what_they_expand_to(layout: Fac
 
 
 def test_factors_are_shared_only_if_the_same_one_with_one_scale_serves_all_experts() -> None:
-    weights = _shared(1, [0, 1])
+    weights = shared_weights(1, [0, 1])
     first, second = weights.experts[3].values()
     assert first.down is not None and second.down is not None
     for other in (
@@ -171,11 +171,11 @@ def test_factors_are_shared_only_if_the_same_one_with_one_scale_serves_all_exper
         replace(second, down=replace(second.down, b_is_shared=False)),
     ):
         mixed = replace(weights, experts={3: {0: first, 1: other}})
-        _assert_equal(to_host_adapter(mixed, torch.float32), to_host_adapter(_unmarked(mixed), torch.float32))
+        _assert_equal(to_host_adapter(mixed, torch.float32), to_host_adapter(unmarked(mixed), torch.float32))
     lacking = replace(weights, experts={3: {0: replace(first, down=None), 1: replace(second, gate=None)}})
     shared = to_host_adapter(lacking, torch.float32)
     assert list(shared.shared_outer) == [3]
-    plain = to_host_adapter(_unmarked(lacking), torch.float32)
+    plain = to_host_adapter(unmarked(lacking), torch.float32)
     for got, expected in zip(_products(shared.expanded()), _products(plain), strict=True):
         assert torch.equal(got, expected)
 

@@ -57,6 +57,7 @@ def counts(history: History) -> dict[str, int]:
         told[f"request {request.reason or request.code}"] += 1
         told["tokens"] += len(request.tokens)
         told["requests with tokens"] += bool(request.tokens)
+        told["requests read with a pause"] += request.paused and request.code == "OK"
     for operation in history.operations:
         told[f"{operation.kind} {operation.reason or operation.code}"] += 1
         told["replacements"] += operation.replaced

@@ -100,7 +100,8 @@ class Client:
             adapter_id=request.adapter or None, request=pb.GenerationRequest(text=text), params=parameters
         )
         call = self._stub.GenerateStream(message, timeout=seconds)
-        is_slow = self._draw.random() < 0.03
+        reading = self._draw.random()
+        is_slow, pauses = reading < 0.03, 0.03 <= reading < 0.06
         cancel_after = self._draw.randint(0, 9) if cancels else request.max_new_tokens + 1
         async for response in call:
             if response.text:
@@ -114,6 +115,9 @@ class Client:
                 return
             if is_slow:
                 await asyncio.sleep(self._draw.uniform(0, 0.3))
+            elif pauses and len(request.tokens) > 3:
+                pauses, request.paused = False, True
+                await asyncio.sleep(self._draw.uniform(0.5, 2.0))
         request.ended = time.monotonic()
         _note_trailer(request, await call.trailing_metadata())
 

@@ -12,7 +12,8 @@ Marks = dict[int, int]
 class Request:
     """One prompt of a call. `adapter` is as it was sent, "" for the base; `answered_by` is the trailer `graft-adapter`.
 
-    `first` is when the first token came, where the client could tell. `code` and `reason` are those of the status.
+    `first` is when the first token came, where the client could tell; a client that `paused` then read nothing for a
+    while. `code` and `reason` are those of the status.
     """
 
     adapter: str
@@ -28,6 +29,7 @@ class Request:
     details: str = ""
     answered_by: str = ""
     cancelled: bool = False
+    paused: bool = False
     deadline_seconds: float | None = None
     time_limit_seconds: float | None = None
 

@@ -24,7 +24,7 @@ MAX_TOLD = 10
 # What must have happened, or the storm says little.
 HAPPENED = ("load OK", "load ADAPTER_REFUSED", "load GENERATION_MISMATCH", "unload OK", "unload ADAPTER_DRAINING",
             "alias OK", "unalias OK", "request OK", "request CANCELLED", "request DEADLINE_EXCEEDED",
-            "request ADAPTER_NOT_FOUND", "request ADAPTER_UNLOADED")  # fmt: skip
+            "request ADAPTER_NOT_FOUND", "request ADAPTER_UNLOADED", "requests read with a pause")  # fmt: skip
 
 
 def _storm(folder: Path, plan: Plan) -> tuple[History, Left, dict[str, float]]:

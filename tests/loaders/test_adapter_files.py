@@ -362,6 +362,18 @@ def test_a_sharded_adapter_loads_and_a_missing_shard_is_named(tiny: TinyModel, t
     assert "shard 1 of 2" in refusal(tmp_path, tiny).problems[0]
 
 
+@pytest.mark.parametrize("text", ["", '{"r": 8, "target_mod', "[]"], ids=["empty", "cut", "list"])
+def test_missing_weights_and_a_broken_config_are_told_together(tiny: TinyModel, tmp_path: Path, text: str) -> None:
+    write_adapter(tmp_path, GOOD)
+    (tmp_path / "adapter_config.json").write_text(text)
+    told = str(refusal(tmp_path, tiny))
+    assert told.startswith(f"{tmp_path}: adapter_config.json: ")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    weights, config = refusal(tmp_path, tiny).problems
+    assert weights == "no adapter_model.safetensors in the directory"
+    assert told == f"{tmp_path}: {config}"
+
+
 def test_a_directory_that_is_not_an_adapter_says_where_one_may_be(tiny: TinyModel, tmp_path: Path) -> None:
     assert "not an adapter directory" in str(refusal(tmp_path / "nowhere", tiny))
     assert "no adapter_config.json" in str(refusal(tmp_path, tiny))

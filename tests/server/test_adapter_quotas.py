@@ -46,8 +46,8 @@ def test_the_time_to_come_back_is_that_of_the_queue_within_bounds(wait_seconds: 
 
 def test_what_alone_is_over_the_bound_is_told_that_waiting_does_not_help() -> None:
     quotas = AdapterQuotas(3, 100)
-    with pytest.raises(Exhausted, match=r"the base has 0 requests.*send fewer") as caught:
-        quotas.enter(frozenset({BASE}), 4, 0.0).__enter__()
+    with pytest.raises(Exhausted, match=r"adapter 'a' has 0 requests.*send fewer") as caught:
+        quotas.enter(A, 4, 0.0).__enter__()
     assert caught.value.retry_seconds is None
     with quotas.enter(A, 1, 0.0) as places, pytest.raises(Exhausted, match="101") as caught:
         places.add_tokens([50, 51])
@@ -81,6 +81,18 @@ def test_zero_is_no_bound() -> None:
     quotas = AdapterQuotas(0, 0)
     with quotas.enter(A, 10**6, 0.0) as places:
         places.add_tokens([10**9])
+
+
+def test_the_base_is_no_adapter_and_has_no_bound_but_counts_among_those_that_take_turns() -> None:
+    quotas, base = AdapterQuotas(2, 10), frozenset({BASE})
+    with quotas.enter(base, 100, 0.0) as places:
+        places.add_tokens([1000] * 100)
+        assert quotas.share_of_queue(A) == 2 / 100
+        with quotas.enter(A, 2, 0.0), pytest.raises(Exhausted, match="adapter 'a' has 2 requests"):
+            quotas.enter(A, 1, 0.0).__enter__()
+        places.end_one(1000)
+        assert (places.num_requests, places.num_tokens) == (99, 99_000)
+    assert not quotas._uses
 
 
 def test_a_request_of_an_adapter_without_others_expects_a_small_part_of_the_queues_wait() -> None:
@@ -179,26 +191,34 @@ def test_a_flood_on_one_adapter_is_refused_and_the_others_are_served(bounded: Li
 def test_a_batch_gets_all_its_places_or_none(bounded: LiveServer) -> None:
     def batch(num_prompts: int) -> pb.BatchedGenerationResponse:
         prompts = [pb.GenerationRequest(text="abc")] * num_prompts
-        return bounded.generation.Generate(pb.BatchedGenerationRequest(requests=prompts), timeout=20)
+        request = pb.BatchedGenerationRequest(adapter_id="other", requests=prompts)
+        return bounded.generation.Generate(request, timeout=20)
 
-    before = bounded.metric('graft_adapter_requests_total{adapter="",')
-    running = bounded.stream("abc", stopping=_long(200))
+    before = bounded.metric('graft_adapter_requests_total{adapter="other",')
+    running = bounded.stream("abc", "other", stopping=_long(200))
     next(running)
     assert refused(lambda: batch(4))[:2] == (grpc.StatusCode.RESOURCE_EXHAUSTED, "ADAPTER_REQUESTS_FULL")
     assert len(batch(3).responses) == 3
     running.cancel()
     assert eventually(lambda: bounded.metric("graft_requests_running") == 0)
     assert len(batch(4).responses) == 4
-    assert bounded.metric('graft_adapter_requests_total{adapter="",') == before + 8
+    assert bounded.metric('graft_adapter_requests_total{adapter="other",') == before + 8
+
+
+def test_more_requests_of_the_base_than_an_adapter_may_have_are_all_served(bounded: LiveServer) -> None:
+    prompts = [pb.GenerationRequest(text="abc")] * 9
+    answer = bounded.generation.Generate(pb.BatchedGenerationRequest(requests=prompts), timeout=20)
+    assert [response.text for response in answer.responses] == ["abc"] * 9
 
 
 def test_tokens_are_bounded_too(bounded: LiveServer) -> None:
-    running = [bounded.stream("abc", stopping={"max_new_tokens": 240, "min_new_tokens": 240}) for _ in range(3)]
+    running = [bounded.stream("abc", "other", stopping=_long(240)) for _ in range(3)]
     for call in running:
         next(call)
     full = (grpc.StatusCode.RESOURCE_EXHAUSTED, "ADAPTER_TOKENS_FULL")
-    assert refused(lambda: bounded.generate("abc", stopping={"max_new_tokens": 240}))[:2] == full
-    assert bounded.generate("abc", stopping={"max_new_tokens": 20}).text == "abc"
+    assert refused(lambda: bounded.generate("abc", "other", stopping={"max_new_tokens": 240}))[:2] == full
+    assert bounded.generate("abc", "other", stopping={"max_new_tokens": 20}).text == "abcabc"
+    assert bounded.generate("abc", stopping={"max_new_tokens": 240}).text == "abc"
     assert bounded.generate("abc", "dates", stopping={"max_new_tokens": 240}).text == "abcabc"
     for call in running:
         call.cancel()
@@ -245,7 +265,7 @@ def test_grpcs_own_retries_give_up_at_once_where_waiting_does_not_help(bounded: 
         stub = type(bounded.generation)(channel)
         prompts = [pb.GenerationRequest(text="abc")] * 5
         with pytest.raises(grpc.RpcError) as caught:
-            stub.Generate(pb.BatchedGenerationRequest(requests=prompts), timeout=30)
+            stub.Generate(pb.BatchedGenerationRequest(adapter_id="other", requests=prompts), timeout=30)
     assert bounded.metric(FAILURES) == before + 1
     assert ("grpc-retry-pushback-ms", "-1") in [tuple(item) for item in caught.value.trailing_metadata()]
     retry = error_details_pb2.RetryInfo()

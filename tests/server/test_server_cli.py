@@ -55,6 +55,8 @@ def test_info_shows_the_state_the_model_and_every_limit(live: LiveServer, capsys
         "float32",
     )
     assert (shown["max_model_len"], shown["max_new_tokens"], shown["min_temperature"]) == ("256", "1024", "0.05")
+    bounds = (shown["max_adapter_requests"], shown["max_adapter_tokens"], shown["replacement_experts"])
+    assert bounds == ("512", "no bound", "0")
 
 
 def test_load_lists_the_running_requests_and_abort_ends_them(

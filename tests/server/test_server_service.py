@@ -83,13 +83,16 @@ def test_the_server_tells_what_it_is_and_every_limit_that_it_has(busy: LiveServe
 
 
 async def test_a_server_that_starts_tells_its_state_and_refuses_the_rest() -> None:
-    config = ServerConfig(EngineConfig(DEMO_MODEL))
+    engine = EngineConfig(DEMO_MODEL, replacement_experts=3, max_waiting_requests=40)
+    config = ServerConfig(engine, max_adapter_requests=7, max_adapter_tokens=2**40)
     client, gate, checks = EngineClient(config.engine), Gate(), Health()
     drain = Drain(gate, checks, Metrics("model", lambda: client.stats))
     service = ServerService(config, client, gate, checks, drain)
     info = await service.GetServerInfo(admin_pb.GetServerInfoRequest(), None)
     assert info.state == admin_pb.GetServerInfoResponse.STATE_STARTING
     assert not info.HasField("limits") and info.model_kind == ""
+    assert (info.max_waiting_requests, info.max_adapter_requests, info.max_adapter_tokens) == (40, 7, 2**40)
+    assert info.replacement_experts == 3
     with pytest.raises(Unavailable, match="starting"):
         await service.GetLoad(admin_pb.GetLoadRequest(), None)
     with pytest.raises(Unavailable, match="starting"):

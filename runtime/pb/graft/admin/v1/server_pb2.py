@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgraft/admin/v1/server.proto\x12\x0egraft.admin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfe\x02\n\x06Limits\x12\x15\n\rmax_model_len\x18\x01 \x01(\x05\x12\x16\n\x0emax_new_tokens\x18\x02 \x01(\x05\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x03 \x01(\x05\x12\x1a\n\x12max_stop_sequences\x18\x04 \x01(\x05\x12\x1f\n\x17max_stop_sequence_bytes\x18\x05 \x01(\x05\x12\x18\n\x10max_top_n_tokens\x18\x06 \x01(\x05\x12\x17\n\x0fmin_temperature\x18\x07 \x01(\x01\x12\x17\n\x0fmax_temperature\x18\x08 \x01(\x01\x12\x1e\n\x16max_repetition_penalty\x18\t \x01(\x01\x12\x18\n\x10min_decay_factor\x18\n \x01(\x01\x12\x18\n\x10max_decay_factor\x18\x0b \x01(\x01\x12\x17\n\x0fmax_guide_bytes\x18\x0c \x01(\x05\x12\x13\n\x0bmax_choices\x18\r \x01(\x05\x12\x1a\n\x12max_batch_requests\x18\x0e \x01(\x05\"\x16\n\x14GetServerInfoRequest\"\xbf\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x12\n\nmodel_kind\x18\x03 \x01(\t\x12:\n\x05state\x18\x04 \x01(\x0e\x32+.graft.admin.v1.GetServerInfoResponse.State\x12\x0f\n\x07stalled\x18\x05 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x17\n\x0fparameter_count\x18\x08 \x01(\x03\x12&\n\x06limits\x18\t \x01(\x0b\x32\x16.graft.admin.v1.Limits\x12\x1c\n\x14max_waiting_requests\x18\n \x01(\x05\x12\x19\n\x11max_receive_bytes\x18\x0b \x01(\x05\x12.\n\nstart_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"W\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\"7\n\x0eGetLoadRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"\xaf\x01\n\x0eRunningRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0e\x63orrelation_id\x18\x02 \x01(\t\x12\x12\n\nadapter_id\x18\x03 \x01(\t\x12&\n\x03\x61ge\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0esequence_count\x18\x05 \x01(\x05\x12\x1d\n\x15generated_token_count\x18\x06 \x01(\x03\"\x86\x03\n\x0fGetLoadResponse\x12\x19\n\x11sequences_running\x18\x01 \x01(\x05\x12\x19\n\x11sequences_waiting\x18\x02 \x01(\x05\x12\x16\n\x0ekv_tokens_used\x18\x03 \x01(\x03\x12\x17\n\x0fkv_tokens_total\x18\x04 \x01(\x03\x12\x1a\n\x12\x61\x64\x61pter_bytes_used\x18\x05 \x01(\x03\x12\x1b\n\x13\x61\x64\x61pter_bytes_limit\x18\x06 \x01(\x03\x12\x31\n\x0e\x65stimated_wait\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nstep_count\x18\x08 \x01(\x03\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x15\n\rrequest_count\x18\n \x01(\x05\x12\x30\n\x08requests\x18\x0b \x03(\x0b\x32\x1e.graft.admin.v1.RunningRequest\x12\x17\n\x0fnext_page_token\x18\x0c \x01(\t\x12\x18\n\x10sequences_paused\x18\r \x01(\x05\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xc0\x01\n\rDrainResponse\x12\x32\n\x05phase\x18\x01 \x01(\x0e\x32#.graft.admin.v1.DrainResponse.Phase\x12\x1d\n\x15running_request_count\x18\x02 \x01(\x05\"\\\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_STARTED\x10\x01\x12\x15\n\x11PHASE_IN_PROGRESS\x10\x02\x12\x12\n\x0ePHASE_COMPLETE\x10\x03\"m\n\x0c\x41\x62ortRequest\x12\x14\n\nrequest_id\x18\x01 \x01(\tH\x00\x12\x18\n\x0e\x63orrelation_id\x18\x02 \x01(\tH\x00\x12\x14\n\nadapter_id\x18\x03 \x01(\tH\x00\x12\r\n\x03\x61ll\x18\x04 \x01(\x08H\x00\x42\x08\n\x06target\"&\n\rAbortResponse\x12\x15\n\raborted_count\x18\x01 \x01(\x05\x32\xc7\x02\n\rServerService\x12\\\n\rGetServerInfo\x12$.graft.admin.v1.GetServerInfoRequest\x1a%.graft.admin.v1.GetServerInfoResponse\x12J\n\x07GetLoad\x12\x1e.graft.admin.v1.GetLoadRequest\x1a\x1f.graft.admin.v1.GetLoadResponse\x12\x46\n\x05\x44rain\x12\x1c.graft.admin.v1.DrainRequest\x1a\x1d.graft.admin.v1.DrainResponse0\x01\x12\x44\n\x05\x41\x62ort\x12\x1c.graft.admin.v1.AbortRequest\x1a\x1d.graft.admin.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgraft/admin/v1/server.proto\x12\x0egraft.admin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfe\x02\n\x06Limits\x12\x15\n\rmax_model_len\x18\x01 \x01(\x05\x12\x16\n\x0emax_new_tokens\x18\x02 \x01(\x05\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x03 \x01(\x05\x12\x1a\n\x12max_stop_sequences\x18\x04 \x01(\x05\x12\x1f\n\x17max_stop_sequence_bytes\x18\x05 \x01(\x05\x12\x18\n\x10max_top_n_tokens\x18\x06 \x01(\x05\x12\x17\n\x0fmin_temperature\x18\x07 \x01(\x01\x12\x17\n\x0fmax_temperature\x18\x08 \x01(\x01\x12\x1e\n\x16max_repetition_penalty\x18\t \x01(\x01\x12\x18\n\x10min_decay_factor\x18\n \x01(\x01\x12\x18\n\x10max_decay_factor\x18\x0b \x01(\x01\x12\x17\n\x0fmax_guide_bytes\x18\x0c \x01(\x05\x12\x13\n\x0bmax_choices\x18\r \x01(\x05\x12\x1a\n\x12max_batch_requests\x18\x0e \x01(\x05\"\x16\n\x14GetServerInfoRequest\"\x96\x04\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x12\n\nmodel_kind\x18\x03 \x01(\t\x12:\n\x05state\x18\x04 \x01(\x0e\x32+.graft.admin.v1.GetServerInfoResponse.State\x12\x0f\n\x07stalled\x18\x05 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x17\n\x0fparameter_count\x18\x08 \x01(\x03\x12&\n\x06limits\x18\t \x01(\x0b\x32\x16.graft.admin.v1.Limits\x12\x1c\n\x14max_waiting_requests\x18\n \x01(\x05\x12\x19\n\x11max_receive_bytes\x18\x0b \x01(\x05\x12.\n\nstart_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x14max_adapter_requests\x18\r \x01(\x03\x12\x1a\n\x12max_adapter_tokens\x18\x0e \x01(\x03\x12\x1b\n\x13replacement_experts\x18\x0f \x01(\x05\"W\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\"7\n\x0eGetLoadRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"\xaf\x01\n\x0eRunningRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0e\x63orrelation_id\x18\x02 \x01(\t\x12\x12\n\nadapter_id\x18\x03 \x01(\t\x12&\n\x03\x61ge\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0esequence_count\x18\x05 \x01(\x05\x12\x1d\n\x15generated_token_count\x18\x06 \x01(\x03\"\x86\x03\n\x0fGetLoadResponse\x12\x19\n\x11sequences_running\x18\x01 \x01(\x05\x12\x19\n\x11sequences_waiting\x18\x02 \x01(\x05\x12\x16\n\x0ekv_tokens_used\x18\x03 \x01(\x03\x12\x17\n\x0fkv_tokens_total\x18\x04 \x01(\x03\x12\x1a\n\x12\x61\x64\x61pter_bytes_used\x18\x05 \x01(\x03\x12\x1b\n\x13\x61\x64\x61pter_bytes_limit\x18\x06 \x01(\x03\x12\x31\n\x0e\x65stimated_wait\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nstep_count\x18\x08 \x01(\x03\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x15\n\rrequest_count\x18\n \x01(\x05\x12\x30\n\x08requests\x18\x0b \x03(\x0b\x32\x1e.graft.admin.v1.RunningRequest\x12\x17\n\x0fnext_page_token\x18\x0c \x01(\t\x12\x18\n\x10sequences_paused\x18\r \x01(\x05\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xc0\x01\n\rDrainResponse\x12\x32\n\x05phase\x18\x01 \x01(\x0e\x32#.graft.admin.v1.DrainResponse.Phase\x12\x1d\n\x15running_request_count\x18\x02 \x01(\x05\"\\\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_STARTED\x10\x01\x12\x15\n\x11PHASE_IN_PROGRESS\x10\x02\x12\x12\n\x0ePHASE_COMPLETE\x10\x03\"m\n\x0c\x41\x62ortRequest\x12\x14\n\nrequest_id\x18\x01 \x01(\tH\x00\x12\x18\n\x0e\x63orrelation_id\x18\x02 \x01(\tH\x00\x12\x14\n\nadapter_id\x18\x03 \x01(\tH\x00\x12\r\n\x03\x61ll\x18\x04 \x01(\x08H\x00\x42\x08\n\x06target\"&\n\rAbortResponse\x12\x15\n\raborted_count\x18\x01 \x01(\x05\x32\xc7\x02\n\rServerService\x12\\\n\rGetServerInfo\x12$.graft.admin.v1.GetServerInfoRequest\x1a%.graft.admin.v1.GetServerInfoResponse\x12J\n\x07GetLoad\x12\x1e.graft.admin.v1.GetLoadRequest\x1a\x1f.graft.admin.v1.GetLoadResponse\x12\x46\n\x05\x44rain\x12\x1c.graft.admin.v1.DrainRequest\x1a\x1d.graft.admin.v1.DrainResponse0\x01\x12\x44\n\x05\x41\x62ort\x12\x1c.graft.admin.v1.AbortRequest\x1a\x1d.graft.admin.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,25 +38,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=497
   _globals['_GETSERVERINFOREQUEST']._serialized_end=519
   _globals['_GETSERVERINFORESPONSE']._serialized_start=522
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=969
-  _globals['_GETSERVERINFORESPONSE_STATE']._serialized_start=882
-  _globals['_GETSERVERINFORESPONSE_STATE']._serialized_end=969
-  _globals['_GETLOADREQUEST']._serialized_start=971
-  _globals['_GETLOADREQUEST']._serialized_end=1026
-  _globals['_RUNNINGREQUEST']._serialized_start=1029
-  _globals['_RUNNINGREQUEST']._serialized_end=1204
-  _globals['_GETLOADRESPONSE']._serialized_start=1207
-  _globals['_GETLOADRESPONSE']._serialized_end=1597
-  _globals['_DRAINREQUEST']._serialized_start=1599
-  _globals['_DRAINREQUEST']._serialized_end=1657
-  _globals['_DRAINRESPONSE']._serialized_start=1660
-  _globals['_DRAINRESPONSE']._serialized_end=1852
-  _globals['_DRAINRESPONSE_PHASE']._serialized_start=1760
-  _globals['_DRAINRESPONSE_PHASE']._serialized_end=1852
-  _globals['_ABORTREQUEST']._serialized_start=1854
-  _globals['_ABORTREQUEST']._serialized_end=1963
-  _globals['_ABORTRESPONSE']._serialized_start=1965
-  _globals['_ABORTRESPONSE']._serialized_end=2003
-  _globals['_SERVERSERVICE']._serialized_start=2006
-  _globals['_SERVERSERVICE']._serialized_end=2333
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=1056
+  _globals['_GETSERVERINFORESPONSE_STATE']._serialized_start=969
+  _globals['_GETSERVERINFORESPONSE_STATE']._serialized_end=1056
+  _globals['_GETLOADREQUEST']._serialized_start=1058
+  _globals['_GETLOADREQUEST']._serialized_end=1113
+  _globals['_RUNNINGREQUEST']._serialized_start=1116
+  _globals['_RUNNINGREQUEST']._serialized_end=1291
+  _globals['_GETLOADRESPONSE']._serialized_start=1294
+  _globals['_GETLOADRESPONSE']._serialized_end=1684
+  _globals['_DRAINREQUEST']._serialized_start=1686
+  _globals['_DRAINREQUEST']._serialized_end=1744
+  _globals['_DRAINRESPONSE']._serialized_start=1747
+  _globals['_DRAINRESPONSE']._serialized_end=1939
+  _globals['_DRAINRESPONSE_PHASE']._serialized_start=1847
+  _globals['_DRAINRESPONSE_PHASE']._serialized_end=1939
+  _globals['_ABORTREQUEST']._serialized_start=1941
+  _globals['_ABORTREQUEST']._serialized_end=2050
+  _globals['_ABORTRESPONSE']._serialized_start=2052
+  _globals['_ABORTRESPONSE']._serialized_end=2090
+  _globals['_SERVERSERVICE']._serialized_start=2093
+  _globals['_SERVERSERVICE']._serialized_end=2420
 # @@protoc_insertion_point(module_scope)

@@ -48,7 +48,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "model_name", "model_kind", "state", "stalled", "device", "dtype", "parameter_count", "limits", "max_waiting_requests", "max_receive_bytes", "start_time")
+    __slots__ = ("version", "model_name", "model_kind", "state", "stalled", "device", "dtype", "parameter_count", "limits", "max_waiting_requests", "max_receive_bytes", "start_time", "max_adapter_requests", "max_adapter_tokens", "replacement_experts")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[GetServerInfoResponse.State]
@@ -71,6 +71,9 @@ class GetServerInfoResponse(_message.Message):
     MAX_WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_RECEIVE_BYTES_FIELD_NUMBER: _ClassVar[int]
     START_TIME_FIELD_NUMBER: _ClassVar[int]
+    MAX_ADAPTER_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ADAPTER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REPLACEMENT_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     version: str
     model_name: str
     model_kind: str
@@ -83,7 +86,10 @@ class GetServerInfoResponse(_message.Message):
     max_waiting_requests: int
     max_receive_bytes: int
     start_time: _timestamp_pb2.Timestamp
-    def __init__(self, version: _Optional[str] = ..., model_name: _Optional[str] = ..., model_kind: _Optional[str] = ..., state: _Optional[_Union[GetServerInfoResponse.State, str]] = ..., stalled: _Optional[bool] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., parameter_count: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., max_waiting_requests: _Optional[int] = ..., max_receive_bytes: _Optional[int] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    max_adapter_requests: int
+    max_adapter_tokens: int
+    replacement_experts: int
+    def __init__(self, version: _Optional[str] = ..., model_name: _Optional[str] = ..., model_kind: _Optional[str] = ..., state: _Optional[_Union[GetServerInfoResponse.State, str]] = ..., stalled: _Optional[bool] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., parameter_count: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., max_waiting_requests: _Optional[int] = ..., max_receive_bytes: _Optional[int] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., max_adapter_requests: _Optional[int] = ..., max_adapter_tokens: _Optional[int] = ..., replacement_experts: _Optional[int] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ("page_size", "page_token")
