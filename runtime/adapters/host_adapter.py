@@ -229,10 +229,12 @@ def _write_pairs(pairs: Sequence[LoraPair | None], a_PKR: Tensor, b_PRN: Tensor)
             continue
         a_PRK = torch.stack([pair.a for pair in chosen]).to(a_PKR.dtype)
         b_PNR = torch.stack([pair.b for pair in chosen])
-        if scale != 1.0 or b_dtype != b_PRN.dtype:
-            b_PNR = (b_PNR.float() * scale).to(b_PRN.dtype)
+        if b_dtype != b_PRN.dtype:
+            b_PNR = b_PNR.float()  # else PyTorch multiplies in float32 without a copy of that size
+        if scale != 1.0:
+            b_PNR.mul_(scale)
         _copy_transposed(a_PKR[:, :, :rank], pages, a_PRK)
-        _copy_transposed(b_PRN[:, :rank], pages, b_PNR)
+        _copy_transposed(b_PRN[:, :rank], pages, b_PNR.to(b_PRN.dtype))
 
 
 def _copy_transposed(target: Tensor, pages: Sequence[int], source: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loaders.adapter import AdapterWeights, load_adapter
+from loaders.adapter import AdapterWeights, LoraPair, load_adapter
 from loaders.errors import AdapterError
 from runtime.adapters.folder_reader import FolderReader, FolderRules
 from runtime.adapters.host_adapter import FactorLayout, HostAdapter, to_host_adapter
@@ -113,6 +113,21 @@ def test_whole_experts_are_the_same_over_old_bytes(
         groups = {layer: replacement.groups for layer, replacement in layers.items()}
         found.append({f"{layer} {name}": getattr(own, name) for layer, own in groups.items() for name in ("w13", "w2")})
     _assert_equal_bits(*found)
+
+
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [2.0, 1 / 3, 6 / 2**0.5, 1e-3])
+def test_every_number_times_the_scale_is_rounded_from_float32(
+    stored: torch.dtype, target: torch.dtype, scale: float
+) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(stored)
+    fits = (every.float() * scale).to(target).isfinite()
+    b = every[fits][: int(fits.sum()) // 8 * 8].view(-1, 8)
+    weights = AdapterWeights({"m": LoraPair(torch.ones(8, 4, dtype=stored), b, scale)}, {}, str, {}, "", (), 0, ())
+    (pages,) = to_host_adapter(weights, target).all_pages()
+    expected = (b.float() * scale).to(target).T.contiguous()
+    assert torch.equal(pages.factors["b"][0].view(torch.uint8), expected.view(torch.uint8))
 
 
 def _scaled(weights: AdapterWeights, factor: float) -> AdapterWeights:
