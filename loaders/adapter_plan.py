@@ -22,7 +22,7 @@ from loaders.family import explain_other_base
 from loaders.tensor_runs import Run
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MAX_REMEMBERED_BYTES = 2**20  # of headers and configuration; the plan takes some ten times as much
+_MAX_REMEMBERED_BYTES = 2**20  # of headers and configuration; with its plan, one takes some three times as much
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class PerExpertFormat:
         self._names = names
         self._key = f"{block}.experts.K.{{{','.join(names)}}}"
         number = "(0|[1-9][0-9]*)"
-        self._parse = lru_cache(maxsize=2**14)(self._parse_new)  # adapters of one base have the same names
+        self._parse = lru_cache(maxsize=2**14)(self._parse_name)  # adapters of one base have the same names
         self._module = re.compile(rf"^model\.layers\.{number}\.{block}\.experts\.{number}\.({'|'.join(names)})$")
 
     def recognises(self, pair: FactorPair) -> bool:
@@ -60,7 +60,7 @@ class PerExpertFormat:
         name = context.rules.name_in_patterns(pair.module)
         builder.add_expert(layer, expert, projection, LoraPair(a, b, context.rules.scale(name, pair.a_shape[0])))
 
-    def _parse_new(self, module: str) -> tuple[int, int, Projection]:
+    def _parse_name(self, module: str) -> tuple[int, int, Projection]:
         match = self._module.match(module)
         if match is None:
             raise ValueError(f"{module} is not a per-expert module")
