@@ -95,6 +95,8 @@ class AdapterRules:
 
     def name_in_patterns(self, module: str) -> str:
         """PEFT matches patterns against the parameter's name where a 2-D weight was targeted as a parameter."""
+        if not self.target_parameters:
+            return module
         parameter = f"{module}.weight"
         is_parameter = any(parameter == t or parameter.endswith(f".{t}") for t in self.target_parameters)
         return parameter if is_parameter else module

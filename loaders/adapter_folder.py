@@ -8,19 +8,23 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loaders.errors import AdapterError
+from loaders.finite import is_finite, non_finite
 from loaders.json_file import parse_json_object
-from loaders.safetensors_file import SafetensorsFile, StoredTensor
+from loaders.safetensors_file import SafetensorsFile
+from loaders.tensor_runs import Run, runs_of
+from loaders.zeros import is_zero
 
 CONFIG_FILE = "adapter_config.json"
 SINGLE_FILE = "adapter_model.safetensors"
@@ -33,7 +37,6 @@ _MODEL_SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _CARD_TAG = re.compile(rb"(?im)^\s*-\s*['\"]?unsloth['\"]?\s*$")
 _MAX_SHARDS = 10_000
 _MAX_CARD_BYTES = 64 * 1024
-_RUN_BYTES = 4 * 1024 * 1024  # small tensors are read and hashed together, up to this
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # Written beside the weights by training frameworks for resuming; never opened here.
@@ -41,11 +44,12 @@ _TRAINER_STATE = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|rng
 
 
 @dataclass(frozen=True)
-class AdapterTensor:
-    """A tensor of the adapter and the number of the file it is in."""
+class Contents:
+    """Tensors by key, the keys of those that are all zero, and a sentence for each that holds NaN or infinities."""
 
-    stored: StoredTensor
-    file: int
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    zeros: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
 
 
 class AdapterFolder:
@@ -105,9 +109,7 @@ class AdapterFolder:
         ]
         for file in self._files:
             self._stack.callback(file.close)
-        self.tensors = tuple(
-            AdapterTensor(stored, number) for number, file in enumerate(self._files) for stored in file.tensors
-        )
+        self.tensors = tuple(chain.from_iterable(file.tensors for file in self._files))
 
     def _weight_files(self, names: list[str], problems: list[str]) -> list[str]:
         if self._config_file not in names:
@@ -167,7 +169,7 @@ class AdapterFolder:
     def _read_config(self) -> dict[str, Any]:
         name = self._config_file
         fd = self._open_file(name)
-        data = os.pread(fd, MAX_CONFIG_BYTES + 1, 0)
+        data = self.config_bytes = os.pread(fd, MAX_CONFIG_BYTES + 1, 0)
         if len(data) > MAX_CONFIG_BYTES:
             raise AdapterError(f"{self.path}: {name} is larger than {MAX_CONFIG_BYTES} bytes")
         self._hashes.append((name, len(data), self._hasher.submit(hashlib.sha256(data).hexdigest)))
@@ -189,22 +191,35 @@ class AdapterFolder:
             return False
         return _CARD_TAG.search(os.pread(fd, _MAX_CARD_BYTES, 0)) is not None
 
-    def read(self, wanted: set[str]) -> dict[str, torch.Tensor]:
-        """Read and hash all files once; returns the `wanted` tensors by key, which must not be changed.
+    @property
+    def headers(self) -> tuple[bytes, ...]:
+        """The header of each file of weights, which says what is in it."""
+        return tuple(file.header_bytes for file in self._files)
+
+    def runs(self, wanted: Set[str]) -> tuple[tuple[Run, ...], ...]:
+        """For each file, what is read of it in one go, if these tensors are wanted."""
+        return tuple(runs_of(file.tensors, wanted) for file in self._files)
+
+    def read(self, runs: Sequence[Sequence[Run]]) -> Contents:
+        """Read and hash all files once; the tensors must not be changed.
 
         Hashing goes on in a thread, beside the reading and what is done with the tensors; `digest` waits for it.
         """
-        tensors: dict[str, torch.Tensor] = {}
-        for file in self._files:
+        contents = Contents()
+        for file, own in zip(self._files, runs, strict=True):
             sha = hashlib.sha256(file.header_bytes)
-            for run in _runs(file.tensors, wanted):
-                if run[0].name in wanted:
-                    read = file.read_run(run, partial(self._hash, sha.update))
-                    tensors.update(zip((stored.name for stored in run), read, strict=True))
-                else:
-                    file.observe(run[0], partial(self._hash_now, sha.update))
+            for run in own:
+                if run.dtype is None:
+                    file.observe(run.offset, run.num_bytes, partial(self._hash_now, sha.update))
+                    continue
+                memory = file.read_bytes(run.offset, run.num_bytes, partial(self._hash, sha.update)).view(run.dtype)
+                tensors = run.split(memory)
+                contents.tensors.update(tensors)
+                contents.zeros.update(name for name in run.begin_with_zero(memory) if is_zero(tensors[name]))
+                if not is_finite(memory):
+                    contents.problems.extend(non_finite({name: tensors[name] for name in run.names}))
             self._hashes.append((file.label, file.num_bytes, self._hasher.submit(sha.hexdigest)))
-        return tensors
+        return contents
 
     def _hash(self, update: Callable[[memoryview], None], view: memoryview) -> Future[None]:
         return self._hasher.submit(update, view)
@@ -227,29 +242,11 @@ def _read_ahead(fd: int) -> None:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def _runs(tensors: Iterable[StoredTensor], wanted: set[str]) -> Iterator[list[StoredTensor]]:
-    """All tensors in file order; wanted ones that lie side by side, aligned, together up to _RUN_BYTES."""
-    run: list[StoredTensor] = []
-    for stored in tensors:
-        if run and not _continues(run, stored, wanted):
-            yield run
-            run = []
-        run.append(stored)
-    if run:
-        yield run
-
-
-def _continues(run: list[StoredTensor], stored: StoredTensor, wanted: set[str]) -> bool:
-    start, end = run[0].offset, stored.offset + stored.num_bytes
-    is_aligned = stored.dtype is not None and (stored.offset - start) % stored.dtype.itemsize == 0
-    return {run[0].name, stored.name} <= wanted and is_aligned and end - start <= _RUN_BYTES
-
-
 def folder_digest(path: Path) -> str:
     """The digest of an adapter's folder as a load would find it; raises AdapterError."""
     is_esft = (path / ESFT_CONFIG_FILE).is_file() and not (path / CONFIG_FILE).is_file()
     with AdapterFolder(path, None, ESFT_CONFIG_FILE if is_esft else CONFIG_FILE) as folder:
-        folder.read(set())
+        folder.read(folder.runs(set()))
         return folder.digest
 
 

@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loaders.adapter_folder import AdapterTensor
 from loaders.adapter_names import layer_of, plain_key, split_factor
 from loaders.adapter_types import AdapterTargets
+from loaders.safetensors_file import StoredTensor
 
 _EXPERT = re.compile(r"^(?P<experts>.+\.mlp\.experts)\.(?:0|[1-9][0-9]*)\.(?P<leaf>\w+)$")
 _MEGATRON = re.compile(r"weight[12]_lora_[ab]$")
@@ -23,19 +23,19 @@ class FactorPair:
     """
 
     module: str
-    a: AdapterTensor
-    b: AdapterTensor
+    a: StoredTensor
+    b: StoredTensor
     shared: Side | None = None
 
     @property
     def a_shape(self) -> tuple[int, ...]:
         """Shape of lora_A in the file."""
-        return self.a.stored.shape
+        return self.a.shape
 
     @property
     def b_shape(self) -> tuple[int, ...]:
         """Shape of lora_B in the file."""
-        return self.b.stored.shape
+        return self.b.shape
 
 
 @dataclass
@@ -47,24 +47,24 @@ class SortedKeys:
     problems: list[str] = field(default_factory=list)
 
 
-Halves = dict[str, dict[str, AdapterTensor]]
+Halves = dict[str, dict[str, StoredTensor]]
 
 
-def sort_keys(tensors: tuple[AdapterTensor, ...], targets: AdapterTargets) -> SortedKeys:
+def sort_keys(tensors: tuple[StoredTensor, ...], targets: AdapterTargets) -> SortedKeys:
     """Split every key into module and side and pair A with B; nothing is left unaccounted for."""
     result = SortedKeys()
-    plain_keys = [plain_key(tensor.stored.name) for tensor in tensors]
+    plain_keys = [plain_key(tensor.name) for tensor in tensors]
     mtp_layers = _mtp_layers(plain_keys, targets)
     halves: Halves = {}
     for tensor, plain in zip(tensors, plain_keys, strict=True):
-        key = tensor.stored.name
+        key = tensor.name
         factor = split_factor(plain)
         if layer_of(plain) in mtp_layers:
             result.skipped.append((key, "belongs to a multi-token-prediction layer, which serving does not use"))
         elif factor is None:
             _sort_other(key, plain, tensor, targets, result)
         elif factor[1] in halves.setdefault(factor[0], {}):
-            other = halves[factor[0]][factor[1]].stored.name
+            other = halves[factor[0]][factor[1]].name
             result.problems.append(f"{key}: duplicate, {other} names the same factor")
         else:
             halves[factor[0]][factor[1]] = tensor
@@ -91,15 +91,15 @@ def _pair_with_shared(halves: Halves, result: SortedKeys) -> set[str]:
     return done
 
 
-def _pair(module: str, sides: dict[str, AdapterTensor], result: SortedKeys) -> None:
+def _pair(module: str, sides: dict[str, StoredTensor], result: SortedKeys) -> None:
     if len(sides) < 2:
         found, missing = ("lora_A", "lora_B") if "A" in sides else ("lora_B", "lora_A")
         result.problems.append(f"{module}: has {found} but no {missing}")
         return
     pair = FactorPair(module, sides["A"], sides["B"])
-    if pair.a.stored.num_bytes == 0 and pair.b.stored.num_bytes == 0:
+    if pair.a.num_bytes == 0 and pair.b.num_bytes == 0:
         for tensor in (pair.a, pair.b):
-            result.skipped.append((tensor.stored.name, "empty tensor, a placeholder without effect"))
+            result.skipped.append((tensor.name, "empty tensor, a placeholder without effect"))
     else:
         result.pairs.append(pair)
 
@@ -112,12 +112,12 @@ def _mtp_layers(plain_keys: list[str], targets: AdapterTargets) -> set[int | Non
     return set(beyond) if beyond <= allowed else set()
 
 
-def _sort_other(key: str, plain: str, tensor: AdapterTensor, targets: AdapterTargets, result: SortedKeys) -> None:
-    shape = list(tensor.stored.shape)
+def _sort_other(key: str, plain: str, tensor: StoredTensor, targets: AdapterTargets, result: SortedKeys) -> None:
+    shape = list(tensor.shape)
     if plain.endswith(".base_layer.weight"):
         module = plain.removesuffix(".base_layer.weight")
         expected = targets.linears.get(module)
-        if expected is None or tensor.stored.shape == expected:
+        if expected is None or tensor.shape == expected:
             result.skipped.append((key, "copy of the base's own weight"))
         else:
             result.problems.append(

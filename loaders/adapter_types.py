@@ -1,6 +1,6 @@
 """The plain data of adapters: what a base offers, and what an adapter file turns into."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class LoraPair:
     @property
     def lora_rank(self) -> int:
         """The rank r."""
-        return self.a.shape[0]
+        return self.a.size(0)
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,23 @@ class AdapterWeights:
     """An adapter in the form the runtime uses; experts it does not change are not in `experts`.
 
     `num_bytes` counts the factors kept (a shared one once); `skipped` holds (key, reason), `evidence` says how the
-    layout was recognised.
+    layout was recognised. `hashed` gives the digest once all bytes are hashed, which may take longer than reading them.
     """
 
     linears: Mapping[str, LoraPair]
     experts: Mapping[int, Mapping[int, ExpertLora]]
-    digest: str
+    hashed: Callable[[], str]
     config: Mapping[str, Any]
     layout: str
     skipped: tuple[tuple[str, str], ...]
     num_bytes: int
     warnings: tuple[str, ...]
     evidence: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """`sha256:` and the digest of all bytes that were read."""
+        return self.hashed()
 
 
 def num_kept_bytes(linears: Mapping[str, LoraPair], experts: Mapping[int, Mapping[int, ExpertLora]]) -> int:

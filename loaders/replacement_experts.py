@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from loaders.adapter_explain import explain_hidden, no_experts
-from loaders.adapter_folder import CONFIG_FILE, ESFT_CONFIG_FILE, AdapterFolder, AdapterTensor
+from loaders.adapter_folder import CONFIG_FILE, ESFT_CONFIG_FILE, AdapterFolder
 from loaders.adapter_names import plain_key
 from loaders.adapter_types import AdapterTargets, ExpertShape, ExpertWeights, ReplacementExperts
 from loaders.errors import AdapterError
-from loaders.finite import non_finite
+from loaders.safetensors_file import StoredTensor
 
 _KEY = re.compile(r"^model\.layers\.(0|[1-9][0-9]*)\.mlp\.experts\.(0|[1-9][0-9]*)\.(gate|up|down)_proj\.weight$")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,10 +64,10 @@ def load_replacement_experts(
         _refuse(folder.path, problems)
         if max_experts_per_layer is not None:
             _require_room(folder.path, chosen, max_experts_per_layer)
-        tensors = folder.read(set(places))
+        contents = folder.read(folder.runs(set(places)))
         digest, config, skipped = folder.digest, folder.config, tuple(folder.skipped)
-    problems.extend(non_finite(tensors))
-    _refuse(path, problems)
+    _refuse(path, contents.problems)
+    tensors = contents.tensors
     parts: dict[int, dict[int, dict[str, torch.Tensor]]] = {}
     for key, (layer, expert, kind) in sorted(places.items(), key=lambda item: item[1]):
         parts.setdefault(layer, {}).setdefault(expert, {})[kind] = tensors[key]
@@ -120,13 +120,13 @@ def _require_room(path: Path, chosen: set[tuple[int, int]], room: int) -> None:
 
 
 def _places(
-    tensors: tuple[AdapterTensor, ...], targets: AdapterTargets, problems: list[str]
+    tensors: tuple[StoredTensor, ...], targets: AdapterTargets, problems: list[str]
 ) -> dict[str, Place]:
     """Key -> place of every weight that fits the base."""
     result: dict[str, Place] = {}
     taken: dict[Place, str] = {}
-    for tensor in tensors:
-        key, stored = tensor.stored.name, tensor.stored
+    for stored in tensors:
+        key = stored.name
         match = _KEY.match(plain_key(key))
         if match is None:
             problems.append(f"{key}: not a weight of a routed expert")

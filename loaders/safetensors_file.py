@@ -7,7 +7,7 @@ tensors the caller holds. Format: 8 bytes little-endian header length, a JSON he
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -104,35 +104,20 @@ class SafetensorsFile:
             observe(view)
         return torch.frombuffer(buffer, dtype=tensor.dtype, count=math.prod(tensor.shape)).view(tensor.shape)
 
-    def read_run(self, tensors: Sequence[StoredTensor], observe: Callable[[memoryview], object]) -> list[torch.Tensor]:
-        """Tensors that lie side by side, in one piece of memory that they share; `observe` sees all raw bytes at once.
-
-        Each must begin at a multiple of its item size from the first one's beginning.
-        """
-        start = tensors[0].offset
-        num_bytes = tensors[-1].offset + tensors[-1].num_bytes - start
+    def read_bytes(self, offset: int, num_bytes: int, observe: Callable[[memoryview], object]) -> torch.Tensor:
+        """A piece of the file as bytes, in memory of its own; `observe` sees it first."""
         raw = torch.empty(num_bytes, dtype=torch.uint8)
         view: memoryview = memoryview(raw.numpy().data)
-        self._read_into(view, start)
+        self._read_into(view, offset)
         observe(view)
-        views: dict[torch.dtype, torch.Tensor] = {}
-        read = []
-        for tensor in tensors:
-            if tensor.dtype is None:
-                raise self._error(f"{self.label}: {tensor.name} has the unknown dtype {tensor.dtype_name}")
-            size = tensor.dtype.itemsize
-            if tensor.dtype not in views:
-                views[tensor.dtype] = raw[: num_bytes - num_bytes % size].view(tensor.dtype)
-            place = (tensor.offset - start) // size
-            read.append(views[tensor.dtype].as_strided(tensor.shape, _strides(tensor.shape), place))
-        return read
+        return raw
 
-    def observe(self, tensor: StoredTensor, observe: Callable[[memoryview], object]) -> None:
-        """Pass a tensor's raw bytes to `observe` in bounded pieces, without making a tensor."""
-        buffer = bytearray(min(tensor.num_bytes, _READ_BYTES))
-        for start in range(0, tensor.num_bytes, _READ_BYTES):
-            view = memoryview(buffer)[: min(_READ_BYTES, tensor.num_bytes - start)]
-            self._read_into(view, tensor.offset + start)
+    def observe(self, offset: int, num_bytes: int, observe: Callable[[memoryview], object]) -> None:
+        """Pass a piece of the file to `observe` in bounded parts, whose memory is used again."""
+        buffer = bytearray(min(num_bytes, _READ_BYTES))
+        for start in range(0, num_bytes, _READ_BYTES):
+            view = memoryview(buffer)[: min(_READ_BYTES, num_bytes - start)]
+            self._read_into(view, offset + start)
             observe(view)
 
     def _read_into(self, view: memoryview, offset: int) -> None:
@@ -199,8 +184,3 @@ def _parse_entry(name: str, entry: Any, data_start: int, label: str, error: type
             f"{math.prod(shape) * dtype.itemsize}"
         )
     return StoredTensor(name, dtype_name, dtype, tuple(shape), data_start + begin, end - begin)
-
-
-def _strides(shape: tuple[int, ...]) -> list[int]:
-    """Of a contiguous tensor, in numbers."""
-    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]

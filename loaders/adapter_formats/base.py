@@ -1,6 +1,6 @@
 """What every adapter layout implements, and the place where the converted factors are collected."""
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Set
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -29,7 +29,7 @@ class FormatContext:
     """What a layout may look at: the base, the rules of adapter_config.json, and the limits; it adds problems.
 
     `writer` is the user's own word for what wrote the file, `is_unsloth_card` whether its README is tagged Unsloth's,
-    `b_order_note` the order of lora_B's columns by the file's metadata.
+    `b_order_note` the order of lora_B's columns by the file's metadata, `zeros` the keys of tensors that are all zero.
     """
 
     targets: AdapterTargets
@@ -43,6 +43,7 @@ class FormatContext:
     evidence: list[str] = field(default_factory=list)
     rank_differences: list[str] = field(default_factory=list)
     stack_order: StackOrder | None = None
+    zeros: Set[str] = frozenset()
 
     def check_rank(self, module: str, name: str, lora_rank: int, max_lora_rank: int | None = None) -> None:
         """Add a problem if the rank is above the limit or not the one that rank_pattern states for `name`."""
@@ -66,8 +67,8 @@ class AdapterBuilder:
     """Collects converted factors; experts get an entry only when one of their projections is adapted."""
 
     linears: dict[str, LoraPair] = field(default_factory=dict)
-    experts: dict[int, dict[int, ExpertLora]] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    _experts: dict[int, dict[int, dict[Projection, LoraPair]]] = field(default_factory=dict)
     _shared: dict[tuple[int, Projection], Tensor] = field(default_factory=dict)
 
     def shared_factor(self, layer: int, projection: Projection, factor: Tensor) -> Tensor:
@@ -76,13 +77,14 @@ class AdapterBuilder:
 
     def add_expert(self, layer: int, expert: int, projection: Projection, pair: LoraPair) -> None:
         """Set one projection of one expert."""
-        experts = self.experts.setdefault(layer, {})
-        known = experts.get(expert, ExpertLora())
-        experts[expert] = ExpertLora(
-            pair if projection == "gate" else known.gate,
-            pair if projection == "up" else known.up,
-            pair if projection == "down" else known.down,
-        )
+        self._experts.setdefault(layer, {}).setdefault(expert, {})[projection] = pair
+
+    def experts(self) -> dict[int, dict[int, ExpertLora]]:
+        """The experts of each layer, both ascending."""
+        return {
+            layer: {expert: ExpertLora(**pairs) for expert, pairs in sorted(own.items())}
+            for layer, own in sorted(self._experts.items())
+        }
 
 
 class AdapterFormat(Protocol):
@@ -107,9 +109,6 @@ class AdapterFormat(Protocol):
 
 def take(pair: FactorPair, tensors: MutableMapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return (lora_A, lora_B) as stored; what no other pair needs is removed, so that its memory is freed."""
-    names = (pair.a.stored.name, pair.b.stored.name)
-    a, b = (tensors[name] for name in names)
-    for side, name in zip("AB", names, strict=True):
-        if side != pair.shared:
-            del tensors[name]
+    a = tensors[pair.a.name] if pair.shared == "A" else tensors.pop(pair.a.name)
+    b = tensors[pair.b.name] if pair.shared == "B" else tensors.pop(pair.b.name)
     return a, b

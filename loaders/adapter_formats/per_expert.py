@@ -7,6 +7,7 @@ Megatron-Bridge write it. Mixtral's names (`block_sparse_moe`, w1 gate, w2 down,
 
 import re
 from collections.abc import Mapping, MutableMapping
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from loaders.adapter_formats.base import AdapterBuilder, FormatContext, Projecti
 from loaders.adapter_formats.shapes import check_expert, check_pair
 from loaders.adapter_keys import FactorPair
 from loaders.adapter_types import LoraPair
-from loaders.zeros import is_zero
 
 PEFT_PROJECTIONS: dict[str, Projection] = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 MIXTRAL_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w2": "down", "w3": "up"}
@@ -29,6 +29,7 @@ class PerExpertFormat:
         self._names = names
         self._key = f"{block}.experts.K.{{{','.join(names)}}}"
         number = "(0|[1-9][0-9]*)"
+        self._parse = lru_cache(maxsize=2**14)(self._parse_name)  # adapters of one base have the same names
         self._module = re.compile(rf"^model\.layers\.{number}\.{block}\.experts\.{number}\.({'|'.join(names)})$")
 
     def recognises(self, pair: FactorPair) -> bool:
@@ -53,13 +54,13 @@ class PerExpertFormat:
         """The factors are taken as they are; an all-zero lora_B changes nothing and is left out."""
         layer, expert, projection = self._parse(pair.module)
         a, b = take(pair, tensors)
-        if is_zero(b):
+        if pair.b.name in context.zeros:
             builder.skipped.append((pair.module, "lora_B is all zero, no effect"))
             return
         name = context.rules.name_in_patterns(pair.module)
-        builder.add_expert(layer, expert, projection, LoraPair(a, b, context.rules.scale(name, a.shape[0])))
+        builder.add_expert(layer, expert, projection, LoraPair(a, b, context.rules.scale(name, pair.a_shape[0])))
 
-    def _parse(self, module: str) -> tuple[int, int, Projection]:
+    def _parse_name(self, module: str) -> tuple[int, int, Projection]:
         match = self._module.match(module)
         if match is None:
             raise ValueError(f"{module} is not a per-expert module")

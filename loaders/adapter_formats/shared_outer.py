@@ -15,7 +15,6 @@ from loaders.adapter_formats.shapes import check_expert
 from loaders.adapter_formats.stacks import expert_shape, mismatch
 from loaders.adapter_keys import FactorPair
 from loaders.adapter_types import LoraPair
-from loaders.zeros import is_zero
 
 _MODULE = re.compile(
     r"^model\.layers\.(0|[1-9][0-9]*)\.mlp\.experts\.(0|[1-9][0-9]*)\.(gate_proj|up_proj|down_proj)$"
@@ -56,7 +55,7 @@ class SharedOuterFormat:
         """The shared factor stays one tensor."""
         layer, expert, projection = _parse(pair.module)
         a, b = take(pair, tensors)
-        if is_zero(a) or is_zero(b):
+        if {pair.a.name, pair.b.name} & context.zeros:
             builder.skipped.append((pair.module, "a factor is all zero, no effect"))
             return
         a, b = (a.squeeze(0), b) if pair.shared == "A" else (a, b.squeeze(0))

@@ -56,7 +56,7 @@ def load_megatron(path: Path, targets: AdapterTargets, settings: MegatronSetting
         grid = open_grid(folders, targets.num_hidden_layers, stack)
         join = _Join(grid, targets, settings)
         join.add_all()
-    if not join.problems and not (join.builder.linears or join.builder.experts):
+    if not join.problems and not (join.builder.linears or join.builder.experts()):
         join.problems.append("no LoRA factors with an effect in the files")
     if join.problems:
         noun = "problem" if len(join.problems) == 1 else "problems"
@@ -65,12 +65,13 @@ def load_megatron(path: Path, targets: AdapterTargets, settings: MegatronSetting
     if join.num_other:
         skipped.append((f"{join.num_other} tensors", "weights of the base, not read"))
     builder = join.builder
-    experts = {layer: dict(sorted(own.items())) for layer, own in sorted(builder.experts.items())}
+    experts = builder.experts()
+    digest = "sha256:" + join.sha.hexdigest()
     evidence = (grid.evidence, f"rank {settings.lora_rank} and alpha {settings.alpha:g} as given")
     return AdapterWeights(
         linears=builder.linears,
         experts=experts,
-        digest="sha256:" + join.sha.hexdigest(),
+        hashed=lambda: digest,
         config={},
         layout="MindSpeed-LLM shards",
         skipped=tuple(skipped),

@@ -14,7 +14,7 @@ import torch
 from loaders.adapter import AdapterTargets, load_adapter
 from loaders.errors import LoadError
 from loaders.replacement_experts import is_esft
-from runtime.adapters.host_adapter import FactorLayout, HostAdapter, NewZeros, new_zeros, to_host_adapter
+from runtime.adapters.host_adapter import FactorLayout, HostAdapter, NewPages, new_pages, to_host_adapter
 from runtime.adapters.info import LayerCoverage
 from runtime.adapters.record import AdapterFacts
 from runtime.adapters.replacement_experts import NO_ROOM, SpareRoom, read_replacement
@@ -72,13 +72,13 @@ class ReadsFolders(Protocol):
 
 
 class FolderReader:
-    """Reads in the calling thread; `zeros` gives the memory of the pages, `expect` hears how much it will be about."""
+    """Reads in the calling thread; `allocate` gives memory for the pages, `expect` hears how much it will be about."""
 
     def __init__(
-        self, rules: FolderRules, zeros: NewZeros = new_zeros, expect: Callable[[int], None] | None = None
+        self, rules: FolderRules, allocate: NewPages = new_pages, expect: Callable[[int], None] | None = None
     ) -> None:
         self._rules = rules
-        self._zeros = zeros
+        self._allocate = allocate
         self._expect = expect
 
     def start(self) -> None:
@@ -109,13 +109,15 @@ class FolderReader:
             max_bytes=rules.max_bytes,
             on_checked=self._checked,
         )
-        _require_digest(name, digest, weights.digest)
-        host = to_host_adapter(weights, rules.dtype, rules.layout, self._zeros)
+        try:
+            host = to_host_adapter(weights, rules.dtype, rules.layout, self._allocate)
+        finally:  # files are hashed meanwhile, and the wrong ones are refused for being these
+            _require_digest(name, digest, weights.digest)
         return weights.digest, host, facts_of(host, weights.num_bytes, weights.warnings)
 
     def _read_esft(self, name: str, path: Path, digest: str) -> tuple[str, HostAdapter, AdapterFacts]:
         rules = self._rules
-        weights, replaced = read_replacement(path, rules.targets, rules.spare, rules.dtype, self._zeros)
+        weights, replaced = read_replacement(path, rules.targets, rules.spare, rules.dtype, self._allocate)
         _require_digest(name, digest, weights.digest)
         host = HostAdapter({}, {}, replaced=replaced)
         return weights.digest, host, facts_of(host, weights.num_bytes, ())

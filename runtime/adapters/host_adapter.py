@@ -20,12 +20,12 @@ RANK_MULTIPLE = 8
 
 _BITS = {2: torch.int16, 4: torch.int32}
 
-NewZeros = Callable[[tuple[int, ...], torch.dtype], Tensor]
+NewPages = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
-def new_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros in memory of this process."""
-    return torch.zeros(shape, dtype=dtype)
+def new_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory of this process, with whatever bytes are in it."""
+    return torch.empty(shape, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class FactorLayout:
         """The rank that is stored."""
         return -(-rank // self.rank_multiple) * self.rank_multiple
 
-    def new_a(self, shape_PKR: tuple[int, int, int], dtype: torch.dtype, zeros: NewZeros) -> tuple[Tensor, Tensor]:
-        """Zeros as they are stored, and their view [P, K, R]."""
+    def new_a(self, shape_PKR: tuple[int, int, int], dtype: torch.dtype, allocate: NewPages) -> tuple[Tensor, Tensor]:
+        """Memory as it is stored, and its view [P, K, R]."""
         count, num_in, rank = shape_PKR
         if self.a_rows_first:
-            stored = zeros((count, rank, num_in), dtype)
+            stored = allocate((count, rank, num_in), dtype)
             return stored, stored.transpose(1, 2)
-        stored = zeros(shape_PKR, dtype)
+        stored = allocate(shape_PKR, dtype)
         return stored, stored
 
 
@@ -124,24 +124,36 @@ def to_host_adapter(
     weights: AdapterWeights,
     dtype: torch.dtype,
     layout: FactorLayout = FactorLayout(),
-    zeros: NewZeros = new_zeros,
+    allocate: NewPages = new_pages,
 ) -> HostAdapter:
     """Convert a checked adapter file; B x scale is computed in float32 before it is rounded to `dtype`.
 
-    `zeros` gives the memory of the pages. Raises AdapterError if a factor is not finite then.
+    `allocate` gives memory for the pages, and all of it is written. Raises AdapterError if a factor is not finite then.
     """
-    linears = {name: _linear_pages(pair, dtype, layout, zeros) for name, pair in weights.linears.items()}
+    linears = {name: _linear_pages(pair, dtype, layout, allocate) for name, pair in weights.linears.items()}
     experts, shared_outer = {}, {}
     for layer, by_expert in weights.experts.items():
         if _has_shared_outer_factors(by_expert):
-            shared_outer[layer] = _shared_outer_pages(by_expert, dtype, layout, zeros)
+            shared_outer[layer] = _shared_outer_pages(by_expert, dtype, layout, allocate)
             continue
         by_rank: dict[int, dict[int, ExpertLora]] = {}
         for index, expert in sorted(by_expert.items()):
             by_rank.setdefault(layout.padded_rank(_rank(expert)), {})[index] = expert
-        experts[layer] = [_expert_pages(rank, group, dtype, layout, zeros) for rank, group in sorted(by_rank.items())]
+        experts[layer] = [
+            _expert_pages(rank, group, dtype, layout, allocate) for rank, group in sorted(by_rank.items())
+        ]
     shared = {layer: [own.outer, own.inner] for layer, own in shared_outer.items()}
-    require_finite(linears, {**experts, **shared})
+    rounded_layers = {
+        layer: pages
+        for layer, pages in {**experts, **shared}.items()
+        if any(
+            _is_rounded(expert.gate, dtype) or _is_rounded(expert.up, dtype) or _is_rounded(expert.down, dtype)
+            for expert in weights.experts[layer].values()
+        )
+    }
+    require_finite(
+        {name: pages for name, pages in linears.items() if _is_rounded(weights.linears[name], dtype)}, rounded_layers
+    )
     return HostAdapter(linears, experts, shared_outer)
 
 
@@ -158,6 +170,11 @@ def require_finite(linears: Mapping[str, HostPages], experts: Mapping[int, Seque
         raise AdapterError(f"adapter refused, {len(problems)} modules overflow", problems)
 
 
+def _is_rounded(pair: LoraPair | None, dtype: torch.dtype) -> bool:
+    """Whether other numbers come into its page than are in the file, which are finite."""
+    return pair is not None and (pair.scale != 1.0 or pair.a.dtype != dtype or pair.b.dtype != dtype)
+
+
 def _dtype_name(pages: HostPages) -> str:
     return str(next(iter(pages.factors.values())).dtype).removeprefix("torch.")
 
@@ -167,10 +184,10 @@ def _ends(factor: Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _linear_pages(pair: LoraPair, dtype: torch.dtype, layout: FactorLayout, zeros: NewZeros) -> HostPages:
+def _linear_pages(pair: LoraPair, dtype: torch.dtype, layout: FactorLayout, allocate: NewPages) -> HostPages:
     rank = layout.padded_rank(pair.lora_rank)
-    stored_a, a_PKR = layout.new_a((1, pair.a.shape[1], rank), dtype, zeros)
-    b_PRN = zeros((1, rank, pair.b.shape[0]), dtype)
+    stored_a, a_PKR = layout.new_a((1, pair.a.shape[1], rank), dtype, allocate)
+    b_PRN = allocate((1, rank, pair.b.shape[0]), dtype)
     _write_pairs([pair], a_PKR, b_PRN)
     return HostPages(rank, [0], {"a": stored_a, "b": b_PRN}, layout.a_rows_first)
 
@@ -180,15 +197,15 @@ def _expert_pages(
     experts: Mapping[int, ExpertLora],
     dtype: torch.dtype,
     layout: FactorLayout,
-    zeros: NewZeros = new_zeros,
+    allocate: NewPages = new_pages,
 ) -> HostPages:
     """Factors: a13 [n, H, 2R] (gate, then up), b_gate and b_up [n, R, I], a2 [n, I, R], b2 [n, R, H]."""
     hidden, width = _expert_widths(experts)
     count = len(experts)
-    stored_a13, a13 = layout.new_a((count, hidden, 2 * rank), dtype, zeros)
-    stored_a2, a2 = layout.new_a((count, width, rank), dtype, zeros)
+    stored_a13, a13 = layout.new_a((count, hidden, 2 * rank), dtype, allocate)
+    stored_a2, a2 = layout.new_a((count, width, rank), dtype, allocate)
     columns = {"b_gate": width, "b_up": width, "b2": hidden}
-    bs = {name: zeros((count, rank, num_out), dtype) for name, num_out in columns.items()}
+    bs = {name: allocate((count, rank, num_out), dtype) for name, num_out in columns.items()}
     a_gate, a_up = a13.split(rank, dim=2)
     _write_pairs([expert.gate for expert in experts.values()], a_gate, bs["b_gate"])
     _write_pairs([expert.up for expert in experts.values()], a_up, bs["b_up"])
@@ -197,19 +214,27 @@ def _expert_pages(
 
 
 def _write_pairs(pairs: Sequence[LoraPair | None], a_PKR: Tensor, b_PRN: Tensor) -> None:
-    """Write the pair of each page, if it has one; pairs of the same rank and scale together."""
-    alike: dict[tuple[int, float, torch.dtype, torch.dtype], list[int]] = {}
+    """Write every page: its pair, and zeros where it has none or a lower rank. Pairs of one rank and scale together."""
+    alike: dict[tuple[int, float, torch.dtype, torch.dtype] | None, list[int]] = {}
     for page, pair in enumerate(pairs):
-        if pair is not None:
-            alike.setdefault((pair.lora_rank, pair.scale, pair.a.dtype, pair.b.dtype), []).append(page)
-    for (rank, scale, _, b_dtype), pages in alike.items():
+        kind = None if pair is None else (pair.lora_rank, pair.scale, pair.a.dtype, pair.b.dtype)
+        alike.setdefault(kind, []).append(page)
+    for kind, pages in alike.items():
+        rank, scale, _, b_dtype = kind or (0, 1.0, a_PKR.dtype, b_PRN.dtype)
+        if rank < b_PRN.shape[1]:
+            a_PKR[pages, :, rank:] = 0
+            b_PRN[pages, rank:] = 0
         chosen = [pair for page in pages if (pair := pairs[page]) is not None]
+        if not chosen:
+            continue
         a_PRK = torch.stack([pair.a for pair in chosen]).to(a_PKR.dtype)
         b_PNR = torch.stack([pair.b for pair in chosen])
-        if scale != 1.0 or b_dtype != b_PRN.dtype:
-            b_PNR = (b_PNR.float() * scale).to(b_PRN.dtype)
+        if b_dtype != b_PRN.dtype:
+            b_PNR = b_PNR.float()  # else PyTorch multiplies in float32 without a copy of that size
+        if scale != 1.0:
+            b_PNR.mul_(scale)
         _copy_transposed(a_PKR[:, :, :rank], pages, a_PRK)
-        _copy_transposed(b_PRN[:, :rank], pages, b_PNR)
+        _copy_transposed(b_PRN[:, :rank], pages, b_PNR.to(b_PRN.dtype))
 
 
 def _copy_transposed(target: Tensor, pages: Sequence[int], source: Tensor) -> None:
@@ -237,15 +262,15 @@ def _has_shared_outer_factors(experts: Mapping[int, ExpertLora]) -> bool:
 
 
 def _shared_outer_pages(
-    by_expert: Mapping[int, ExpertLora], dtype: torch.dtype, layout: FactorLayout, zeros: NewZeros
+    by_expert: Mapping[int, ExpertLora], dtype: torch.dtype, layout: FactorLayout, allocate: NewPages
 ) -> SharedOuterPages:
     experts = dict(sorted(by_expert.items()))
     count, rank = len(experts), layout.padded_rank(max(map(_rank, experts.values())))
     hidden, width = _expert_widths(experts)
-    stored_a13, a13_1KR = layout.new_a((1, hidden, 2 * rank), dtype, zeros)
-    stored_a2, a2_PKR = layout.new_a((count, width, rank), dtype, zeros)
-    b2_1RN = zeros((1, rank, hidden), dtype)
-    bs_PRN = {name: zeros((count, rank, width), dtype) for name in ("b_gate", "b_up")}
+    stored_a13, a13_1KR = layout.new_a((1, hidden, 2 * rank), dtype, allocate)
+    stored_a2, a2_PKR = layout.new_a((count, width, rank), dtype, allocate)
+    b2_1RN = allocate((1, rank, hidden), dtype)
+    bs_PRN = {name: allocate((count, rank, width), dtype) for name in ("b_gate", "b_up")}
     sides = [[expert.gate for expert in experts.values()], [expert.up for expert in experts.values()]]
     for pairs, a_1KR, b_PRN in zip(sides, a13_1KR.split(rank, dim=2), bs_PRN.values(), strict=True):
         _write_a(_any_of(pairs), a_1KR[0])
@@ -265,13 +290,17 @@ def _any_of(pairs: Sequence[LoraPair | None]) -> LoraPair | None:
 
 
 def _write_a(pair: LoraPair | None, a_KR: Tensor) -> None:
+    rank = 0 if pair is None else pair.lora_rank
+    a_KR[:, rank:] = 0
     if pair is not None:
-        a_KR[:, : pair.lora_rank] = pair.a.T
+        a_KR[:, :rank] = pair.a.T
 
 
 def _write_b(pair: LoraPair | None, b_RN: Tensor) -> None:
+    rank = 0 if pair is None else pair.lora_rank
+    b_RN[rank:] = 0
     if pair is not None:
-        b_RN[: pair.lora_rank] = (pair.b.float() * pair.scale).T
+        b_RN[:rank] = (pair.b.float() * pair.scale).T
 
 
 def _expert_widths(experts: Mapping[int, ExpertLora]) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from loaders.replacement_experts import load_replacement_experts
 from runtime.models.deepseek.moe import ExpertGroups
 
 if TYPE_CHECKING:
-    from runtime.adapters.host_adapter import NewZeros
+    from runtime.adapters.host_adapter import NewPages
 
 # Files are often float32 where the device holds 16 bits; larger ones cannot fit, so they are not read at all.
 MAX_FILE_BYTES_PER_DEVICE_BYTE = 2
@@ -57,17 +57,17 @@ class LayerReplacement:
 
 
 def read_replacement(
-    path: Path, targets: AdapterTargets, room: SpareRoom, dtype: torch.dtype, zeros: NewZeros
+    path: Path, targets: AdapterTargets, room: SpareRoom, dtype: torch.dtype, allocate: NewPages
 ) -> tuple[ReplacementExperts, dict[int, LayerReplacement]]:
     """What an ESFT folder holds, and the same by layer, converted to `dtype`.
 
-    `zeros` gives the memory of the weights. Raises AdapterError with every problem: more experts in a layer than there
-    is room for, and weights that are not finite in `dtype`, among them.
+    `allocate` gives memory for the weights, and all of it is written. Raises AdapterError with every problem: more
+    experts in a layer than there is room for, and weights that are not finite in `dtype`, among them.
     """
     max_bytes = MAX_FILE_BYTES_PER_DEVICE_BYTE * room.num_bytes + MAX_HEADER_BYTES if room.num_experts else None
     weights = load_replacement_experts(path, targets, max_bytes=max_bytes, max_experts_per_layer=room.num_experts)
     layers = {
-        layer: _converted(experts, targets.experts[layer], room, dtype, zeros)
+        layer: _converted(experts, targets.experts[layer], room, dtype, allocate)
         for layer, experts in sorted(weights.experts.items())
     }
     problems = [
@@ -81,12 +81,12 @@ def read_replacement(
 
 
 def _converted(
-    experts: Mapping[int, ExpertWeights], shape: ExpertShape, room: SpareRoom, dtype: torch.dtype, zeros: NewZeros
+    experts: Mapping[int, ExpertWeights], shape: ExpertShape, room: SpareRoom, dtype: torch.dtype, allocate: NewPages
 ) -> LayerReplacement:
     hidden, width, count = shape.hidden, shape.intermediate, len(experts)
     groups = ExpertGroups(
-        zeros((count, 2 * width // room.columns13, hidden, room.columns13), dtype),
-        zeros((count, hidden // room.columns2, width, room.columns2), dtype),
+        allocate((count, 2 * width // room.columns13, hidden, room.columns13), dtype),
+        allocate((count, hidden // room.columns2, width, room.columns2), dtype),
     )
     ascending = sorted(experts)
     for group, expert in enumerate(ascending):

@@ -35,7 +35,7 @@ def _weights(linears: dict[str, int], experts: dict[int, dict[int, int]], seed: 
         experts={
             layer: {expert: _expert(rank) for expert, rank in ranks.items()} for layer, ranks in experts.items()
         },
-        digest="", config={}, layout="", skipped=(), num_bytes=0, warnings=(),
+        hashed=str, config={}, layout="", skipped=(), num_bytes=0, warnings=(),
     )  # fmt: skip
 
 

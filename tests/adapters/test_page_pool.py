@@ -101,7 +101,7 @@ def test_factors_that_overflow_the_compute_dtype_are_refused_by_module() -> None
     fits = LoraPair(torch.ones(2, 8), torch.full((8, 2), 1e3), 2.0)
     large = LoraPair(torch.ones(2, 8), torch.full((8, 2), 4e4), 2.0)
     experts = {3: {1: ExpertLora(None, None, large)}}
-    weights = AdapterWeights({"fits": fits, "large": large}, experts, "", {}, "", (), 0, ())
+    weights = AdapterWeights({"fits": fits, "large": large}, experts, str, {}, "", (), 0, ())
     to_host_adapter(weights, torch.bfloat16)
     with pytest.raises(AdapterError) as refusal:
         to_host_adapter(weights, torch.float16)

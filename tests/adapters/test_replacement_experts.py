@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from loaders.replacement_experts import load_replacement_experts, most_experts_of_a_layer
-from runtime.adapters.host_adapter import new_zeros
+from runtime.adapters.host_adapter import new_pages
 from runtime.adapters.info import AdapterInfo, AdapterState
 from runtime.adapters.replacement_experts import SpareRoom, read_replacement
 from runtime.errors import Exhausted, GraftError, Precondition
@@ -247,7 +247,7 @@ def test_experts_lie_on_the_device_as_the_bases_own_do(
     """Against the product with the weights on disk, by the definition of panels."""
     targets = DeepseekConfig.from_dir(base_dir).adapter_targets()
     room = SpareRoom(5, 2**20, width_columns, hidden_columns)
-    _, layers = read_replacement(esft["two-b"].path, targets, room, torch.float32, new_zeros)
+    _, layers = read_replacement(esft["two-b"].path, targets, room, torch.float32, new_pages)
     stored = load_replacement_experts(esft["two-b"].path, targets).experts
     x = torch.randn(3, 64)
     for layer, replacement in layers.items():

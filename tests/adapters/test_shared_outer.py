@@ -113,7 +113,7 @@ def shared_weights(seed: int, experts: list[int], rank: int = 8, *, scale: float
         return ExpertLora(gate, up, LoraPair(torch.randn(rank, WIDTH), b_down, scale, b_is_shared=True))
 
     own = {3: {index: expert() for index in experts}}
-    return AdapterWeights({}, own, "", {}, "", (), 0, ())
+    return AdapterWeights({}, own, str, {}, "", (), 0, ())
 
 
 def unmarked(weights: AdapterWeights) -> AdapterWeights:
