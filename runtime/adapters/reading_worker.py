@@ -108,7 +108,7 @@ def _hears(connection: socket.socket, timeout_seconds: float) -> bool:
 def _read(connection: socket.socket, rules: FolderRules, stock: SegmentStock, job: ReadFolder) -> None:
     with SharedArena(stock) as arena:
         try:
-            read = FolderReader(rules, arena.new_zeros, arena.expect).read(job.name, job.path, job.digest)
+            read = FolderReader(rules, arena.new_pages, arena.expect).read(job.name, job.path, job.digest)
         except GraftError as error:
             send(connection, FolderRefused.of(error))
         else:

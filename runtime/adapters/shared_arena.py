@@ -15,7 +15,7 @@ _ALIGNED_BYTES = 64
 
 
 class SharedArena:
-    """Tensors of `new_zeros` lie in one segment of the stock when they are lent. Use it in `with`."""
+    """Tensors of `new_pages` lie in one segment of the stock when they are lent. Use it in `with`."""
 
     def __init__(self, stock: SegmentStock) -> None:
         self._stock = stock
@@ -38,29 +38,8 @@ class SharedArena:
             self._num_expected_bytes = num_bytes
             self._segment = self._stock.take(num_bytes)
 
-    def new_zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor in this memory; raises OSError if there is no more."""
-        tensor = self._new(shape, dtype)
-        return tensor.zero_()  # the memory may have been another adapter's
-
-    def place(self, tensor: Tensor) -> Place:
-        """Where a tensor lies; one that lies elsewhere is copied here first."""
-        if tensor.data_ptr() not in self._offsets:
-            tensor = self._new(tuple(tensor.shape), tensor.dtype).copy_(tensor)
-        return Place(tuple(tensor.shape), self._offsets[tensor.data_ptr()])
-
-    def lend(self) -> tuple[int, int | None]:
-        """The segment's number, and its descriptor if the engine has not mapped it; call `lent` when it is told."""
-        self.expect(0)
-        segment = self._current()
-        return segment.number, segment.settle(self._num_bytes)
-
-    def lent(self) -> None:
-        """The engine has it."""
-        self._stock.lend(self._current(), self._num_expected_bytes)
-        self._segment = None
-
-    def _new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def new_pages(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of any bytes: the memory may have been another adapter's. Raises OSError if there is no more."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if not num_bytes:
             raise ValueError(f"a page cannot have the shape {list(shape)}")
@@ -81,6 +60,23 @@ class SharedArena:
         self._num_bytes = offset + num_bytes
         self._offsets[tensor.data_ptr()] = offset
         return tensor
+
+    def place(self, tensor: Tensor) -> Place:
+        """Where a tensor lies; one that lies elsewhere is copied here first."""
+        if tensor.data_ptr() not in self._offsets:
+            tensor = self.new_pages(tensor.shape, tensor.dtype).copy_(tensor)
+        return Place(tuple(tensor.shape), self._offsets[tensor.data_ptr()])
+
+    def lend(self) -> tuple[int, int | None]:
+        """The segment's number, and its descriptor if the engine has not mapped it; call `lent` when it is told."""
+        self.expect(0)
+        segment = self._current()
+        return segment.number, segment.settle(self._num_bytes)
+
+    def lent(self) -> None:
+        """The engine has it."""
+        self._stock.lend(self._current(), self._num_expected_bytes)
+        self._segment = None
 
     def _fitting_offset(self, segment: Segment, num_bytes: int) -> int | None:
         """Where the next tensor fits into the last mapping; None if it does not."""

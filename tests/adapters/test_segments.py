@@ -28,18 +28,18 @@ def _lent(stock: SegmentStock, num_bytes: int, expected: int | None = None) -> i
     """Lend a segment with so many bytes of ones, as one load does; returns its number."""
     with SharedArena(stock) as arena:
         arena.expect(num_bytes if expected is None else expected)
-        arena.new_zeros((num_bytes,), torch.uint8).fill_(1)
+        arena.new_pages((num_bytes,), torch.uint8).fill_(1)
         number, _ = arena.lend()
         arena.lent()
     return number
 
 
-def test_a_vacant_segment_serves_an_adapter_of_about_its_size_and_is_zero_again(stock: SegmentStock) -> None:
+def test_a_vacant_segment_serves_an_adapter_of_about_its_size(stock: SegmentStock) -> None:
     number = _lent(stock, 4 * MIB)
     stock.vacate([number])
     with SharedArena(stock) as arena:
         arena.expect(4 * MIB - 200_000)
-        assert not arena.new_zeros((1000, 1000), torch.float32).any()
+        arena.new_pages((1000, 1000), torch.float32)
         assert arena.lend() == (number, None)
 
 
@@ -58,7 +58,7 @@ def test_an_adapter_that_takes_more_than_expected_is_whole_and_the_next_one_like
     stock.vacate([_lent(stock, MIB)])
     with SharedArena(stock) as arena:
         arena.expect(MIB)
-        parts = [arena.new_zeros((MIB // 2,), torch.uint8).fill_(value) for value in (1, 2, 3)]
+        parts = [arena.new_pages((MIB // 2,), torch.uint8).fill_(value) for value in (1, 2, 3)]
         places = [arena.place(part) for part in parts]
         number, fd = arena.lend()
         assert fd is not None
@@ -70,14 +70,14 @@ def test_an_adapter_that_takes_more_than_expected_is_whole_and_the_next_one_like
     with SharedArena(stock) as arena:
         arena.expect(MIB)
         for _ in parts:
-            arena.new_zeros((MIB // 2,), torch.uint8)
+            arena.new_pages((MIB // 2,), torch.uint8)
         assert arena.lend() == (number, None)
 
 
 def test_a_new_segment_takes_what_its_adapter_takes(stock: SegmentStock) -> None:
     with SharedArena(stock) as arena:
         arena.expect(8 * MIB)
-        arena.new_zeros((MIB,), torch.uint8)
+        arena.new_pages((MIB,), torch.uint8)
         _, fd = arena.lend()
         assert fd is not None and os.fstat(fd).st_size == MIB
 
@@ -151,7 +151,7 @@ def test_a_lent_segment_comes_back_once_and_is_mapped_until_it_is_forgotten(stoc
     came_back: queue.SimpleQueue[Sequence[int]] = queue.SimpleQueue()
     lent = LentPages(came_back.put)
     with SharedArena(stock) as arena:
-        arena.new_zeros((10,), torch.uint8).fill_(5)
+        arena.new_pages((10,), torch.uint8).fill_(5)
         number, fd = arena.lend()
         assert fd is not None
         tensors = [tensor_over(lent.take(number, os.dup(fd)), (4,), 2, torch.uint8)]
