@@ -94,14 +94,17 @@ def served_dir(models: Path) -> Path:
 
 
 @contextmanager
-def serving(models: Path, *flags: str, niceness: int = 10) -> Iterator[Served]:
-    """A server on free ports, whose adapters root is `models`; it is ended at the end. `niceness` is its reader's."""
+def serving(models: Path, *flags: str, niceness: str = "") -> Iterator[Served]:
+    """A server on free ports, whose adapters root is `models`; it is ended at the end.
+
+    `niceness` is that of its reading process, the server's own choice if it is empty.
+    """
     with tempfile.TemporaryDirectory() as folder:
         steps_file = Path(folder) / "steps.jsonl"
         ports = ("--grpc-port", "0", "--admin-port", "0", "--http-port", "0", "--drain-delay", "0")
         arguments = [str(served_dir(models)), "--adapters-root", str(models), *ports, *flags]
         command = [sys.executable, "-m", "benchmarks.timed_engine", str(steps_file), *arguments]
-        environment = {**child_environment(), "GRAFT_READING_NICENESS": str(niceness)}
+        environment = child_environment() | ({"GRAFT_READING_NICENESS": niceness} if niceness else {})
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
         match = _READY.match(process.stdout.readline() if process.stdout else "")
         if match is None:

@@ -27,20 +27,38 @@ def default_admin() -> str:
     return os.environ.get("GRAFT_ADMIN", "127.0.0.1:8034")
 
 
-def reading_niceness() -> int:
-    """How far the process that reads adapters stands back for others: GRAFT_READING_NICENESS, 0 to 19, default 10.
+def reading_niceness(default: int | None) -> int | None:
+    """How far the process that reads adapters stands back for others: GRAFT_READING_NICENESS, 0 to 19 or `idle`.
 
-    Raises ValueError if it is no such number.
+    None is `idle`: it has what no other process wants. Raises ValueError for anything else.
     """
-    text = os.environ.get("GRAFT_READING_NICENESS", "10")
+    text = os.environ.get("GRAFT_READING_NICENESS")
+    if text is None:
+        return default
+    if text == "idle":
+        return None
     if not (text.isdecimal() and int(text) <= 19):
-        raise ValueError(f"the environment variable GRAFT_READING_NICENESS = {text!r} is not a number from 0 to 19")
+        raise ValueError(
+            f"the environment variable GRAFT_READING_NICENESS = {text!r} is not a number from 0 to 19, nor idle"
+        )
     return int(text)
 
 
 def child_environment() -> dict[str, str]:
     """The environment of a Python child that sees the same modules as this process."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+
+
+def engine_environment() -> dict[str, str]:
+    """The environment of an engine's process.
+
+    On CPU a step's threads spin while one of them runs Python, by libgomp's default for much of the pause that steps make
+    for the reading of adapters; here for about a millisecond, unless this process's environment has a say in it.
+    """
+    environment = child_environment()
+    if not _SPINNING & environment.keys():
+        environment["GOMP_SPINCOUNT"] = "60000"
+    return environment
 
 
 def allows_mla_prolog() -> bool:
@@ -112,8 +130,9 @@ def cann_homes() -> list[str]:
     return [os.environ[name] for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH") if os.environ.get(name)]
 
 
-_DEVICE_PREFIXES = ("ASCEND_", "ATB_", "CUDA_", "GLOO_", "GRAFT_", "HCCL_", "KMP_", "MKL_", "NCCL_", "NPU_", "NVIDIA_",
-                    "OMP_", "PYTORCH_", "TORCH_")  # fmt: skip
+_SPINNING = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+_DEVICE_PREFIXES = ("ASCEND_", "ATB_", "CUDA_", "GLOO_", "GOMP_", "GRAFT_", "HCCL_", "KMP_", "MKL_", "NCCL_", "NPU_",
+                    "NVIDIA_", "OMP_", "PYTORCH_", "TORCH_")  # fmt: skip
 _DEVICE_VARIABLES = ("ACL_OP_INIT_MODE", "CPU_AFFINITY_CONF", "INF_NAN_MODE_ENABLE", "LD_LIBRARY_PATH", "LD_PRELOAD",
                      "LOCAL_RANK", "MULTI_STREAM_MEMORY_REUSE", "RANK", "STREAMS_PER_DEVICE", "TASK_QUEUE_ENABLE",
                      "TP_SOCKET_IFNAME", "WORLD_SIZE")  # fmt: skip

@@ -173,7 +173,7 @@ class PagePool:
     ) -> Generator[int, None, bool]:
         """Copy what is kept of pools, and a slot's pages if there are any, to tensors that replace this pool's.
 
-        Returns False if a pool changed meanwhile. New memory takes as long as copying, so each byte counts twice.
+        Returns False if a pool changed meanwhile. New memory takes as long as copying, so each byte counts four times.
         """
         before = [(pool, pool.factors, pool._num_writes) for pool, _ in kept]
         added = [(region, slot) for region in pages.regions] if pages is not None else []
@@ -184,8 +184,8 @@ class PagePool:
         if pages is not None:
             sources.append(PageSource(pages.factors, None, [places.page_of[owner] for owner in added]))
         copies = PageCopies(sources, len(owners), self.device)
-        for name, part in parts_of(target, max_copy_bytes // 2):
-            yield 2 * target[name][part].nbytes
+        for name, part in parts_of(target, max_copy_bytes // 4):
+            yield 4 * target[name][part].nbytes
             if any(pool.factors is not factors or pool._num_writes != writes for pool, factors, writes in before):
                 return False
             copies.copy(target[name], name, part)

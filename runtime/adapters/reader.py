@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import queue
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,13 +35,18 @@ class AdapterReader:
     """One thread; results wait until the engine loop takes them with `deliver`. `wake` is called when one has come.
 
     The thread reads folders itself, or waits for a process that does, as `folders` is one or the other; sums of
-    adapters it makes itself.
+    adapters it makes itself. `core_share`: see `lend_cores`.
     """
 
-    def __init__(self, folders: ReadsFolders, limits: SumLimits, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, folders: ReadsFolders, limits: SumLimits, wake: Callable[[], None], core_share: float = 0.0
+    ) -> None:
         self.folders = folders
         self._limits = limits
         self._wake = wake
+        self._core_share = core_share
+        self._num_unread = 0
+        self._has_read = threading.Event()
         # Sums are made in it: with threads of its own for them it would hold up the steps' threads.
         self._thread = ThreadPoolExecutor(1, "adapter-loader", initializer=compute_on_one_core)
         self._finished: queue.SimpleQueue[tuple[str, Future[ReadAdapter], OnRead]] = queue.SimpleQueue()
@@ -48,6 +54,7 @@ class AdapterReader:
 
     def read(self, name: str, source: Source, on_read: OnRead) -> None:
         """Start reading; a later `deliver` calls `on_read`, with an error if the digest is not the one given."""
+        self._num_unread += 1
         future = self._thread.submit(self._read, name, source)
         future.add_done_callback(partial(self._hand_over, name, on_read))
 
@@ -58,10 +65,21 @@ class AdapterReader:
 
     def deliver(self) -> None:
         """Tell those that asked about everything that has been read."""
+        self._has_read.clear()
         while not self._finished.empty():
             name, future, on_read = self._finished.get()
+            self._num_unread -= 1
             error = future.exception()
             on_read(future.result() if error is None else as_graft_error(name, error))
+
+    def lend_cores(self, step_seconds: float) -> None:
+        """Called between two steps that compute on the cores that reading needs too: leave them to it for a while.
+
+        That is a share of the step before, or until something has been read. A core that is taken from one thread of a
+        step holds up all of them, so reading beside steps would cost them the sum of what its own threads take.
+        """
+        if self._core_share and self._num_unread:
+            self._has_read.wait(self._core_share * step_seconds)
 
     def close(self) -> None:
         """Stop the thread, after its current file if it reads that itself."""
@@ -73,6 +91,7 @@ class AdapterReader:
         """Runs in the thread: the engine loop takes it from here."""
         if not done.cancelled():
             self._finished.put((name, done, on_read))
+            self._has_read.set()
             self._wake()
 
     def _read(self, name: str, source: Source) -> ReadAdapter:

@@ -31,25 +31,32 @@ from runtime.env import child_environment, reading_niceness
 from runtime.errors import Internal, Unavailable
 
 START_SECONDS = 60.0
+NICENESS = 10
 _RETRY_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
 
-def folders_reader(rules: FolderRules, *, in_process: bool) -> ReadsFolders:
-    """A reader with a process of its own, as servers have it, or one that reads in the thread that asks."""
+def folders_reader(rules: FolderRules, *, in_process: bool, steps_need_cores: bool = False) -> ReadsFolders:
+    """A reader with a process of its own, as servers have it, or one that reads in the thread that asks.
+
+    The process has the cores that nobody wants if steps need them too; these leave them to it at times.
+    """
     reason = why_not_shared()
     if in_process and reason:
         logger.warning("adapters are read in a thread of the engine's process: %s", reason)
-    return ReadingProcess(rules) if in_process and not reason else FolderReader(rules)
+    if not in_process or reason:
+        return FolderReader(rules)
+    return ReadingProcess(rules, None if steps_need_cores else NICENESS)
 
 
 class ReadingProcess:
     """Belongs to one thread, but for `interrupt`. One folder is read at a time."""
 
-    def __init__(self, rules: FolderRules) -> None:
+    def __init__(self, rules: FolderRules, niceness: int | None = NICENESS) -> None:
+        """`niceness`: see `runtime.env.reading_niceness`, which it is the default of."""
         self._rules = rules
-        self._niceness = reading_niceness()
+        self._niceness = reading_niceness(niceness)
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._lent: LentPages | None = None

@@ -45,10 +45,10 @@ class ReadingSetup:
     rank_multiple: int
     a_rows_first: bool
     spare: Plain
-    niceness: int
+    niceness: int | None
 
     @classmethod
-    def of(cls, rules: FolderRules, niceness: int) -> ReadingSetup:
+    def of(cls, rules: FolderRules, niceness: int | None) -> ReadingSetup:
         """The rules as they are sent."""
         targets = rules.targets
         return cls(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import os
 import resource
 import select
@@ -42,9 +43,13 @@ from runtime.errors import GraftError
 IDLE_SECONDS = 2.0
 # A segment is made ready for the next file when none has come for so long.
 PREPARE_SECONDS = 0.2
+_LEAST = 19
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES = 2**30
 _MAX_MMAP_THRESHOLD_BYTES = 32 * 2**20  # glibc takes no more
+
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         setup, _ = receive(connection)
         if not isinstance(setup, ReadingSetup):
             return 1
-        os.nice(setup.niceness)
+        _stand_back(setup.niceness)
         _keep_memory()
         send(connection, Ready())
         _serve(connection, setup.rules())
@@ -124,6 +129,18 @@ def _own_bytes() -> int:
     except OSError:
         return 0
     return (int(resident) - int(shared)) * resource.getpagesize()
+
+
+def _stand_back(niceness: int | None) -> None:
+    """Before there are threads, which inherit it."""
+    if niceness is not None:
+        os.nice(niceness)
+        return
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except (AttributeError, OSError) as error:  # not on this system, or not allowed
+        logger.warning("the process that reads adapters runs at nice %d: no idle scheduling (%s)", _LEAST, error)
+        os.nice(_LEAST)
 
 
 def _libc() -> ctypes.CDLL | None:

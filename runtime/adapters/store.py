@@ -39,7 +39,7 @@ class StoreLimits:
     """Bounds of the store. `cycle_seconds`: how long an adapter may keep its place while others wait for one.
 
     `max_lora_rank` is that of an adapter's files; a weighted sum of adapters may have `max_joined_rank`. At most
-    `max_copy_bytes` of pages are copied between two steps.
+    `max_copy_bytes` of pages are copied between two steps. `core_share`: see `AdapterReader.lend_cores`.
     """
 
     max_adapters: int
@@ -50,6 +50,7 @@ class StoreLimits:
     max_names: int = MAX_NAMES
     max_joined_rank: int = MAX_JOINED_RANK
     max_copy_bytes: int = 8 * 2**20
+    core_share: float = 0.0
 
 
 class AdapterStore:
@@ -78,8 +79,9 @@ class AdapterStore:
         self.have_left = False  # an adapter left the device, or has to: sequences may have to wait for it again
         max_file_bytes = MAX_FILE_BYTES_PER_DEVICE_BYTE * limits.max_device_bytes
         rules = FolderRules(targets, limits.max_lora_rank, max_file_bytes, dtype, layout, self.pages.spare.room)
-        folders = folders_reader(rules, in_process=reading_process)
-        reader = AdapterReader(folders, SumLimits(limits.max_joined_rank, limits.max_device_bytes), wake)
+        folders = folders_reader(rules, in_process=reading_process, steps_need_cores=limits.core_share > 0)
+        sum_limits = SumLimits(limits.max_joined_rank, limits.max_device_bytes)
+        reader = AdapterReader(folders, sum_limits, wake, limits.core_share)
         tier = DeviceTier(self.pages, limits.max_device_bytes, limits.cycle_seconds, self._moved)
         self.memory = AdapterMemory(reader, HostTier(limits.max_host_bytes), tier, self._changed)
         self._sums = AdapterSums(self.registry, self.memory, self._free_if_idle)
@@ -201,6 +203,10 @@ class AdapterStore:
         """Between two steps: take finished reads, give out places, and copy or compact a piece, or more if `whole`."""
         self.memory.advance(whole=whole)
         self._drains.end_overdue(time.monotonic())
+
+    def lend_cores(self, step_seconds: float) -> None:
+        """Between two steps: leave the cores to the reading of adapters for a share of the step before, if need be."""
+        self.memory.reader.lend_cores(step_seconds)
 
     def waits_for_place(self, record: AdapterRecord) -> bool:
         """Whether it waits for room on the device or in host memory, and not for its files."""

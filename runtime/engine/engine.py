@@ -61,6 +61,7 @@ class Engine:
         self._adapter_calls = AdapterCalls(parts.adapters, self._emit)
         parts.adapters.on_change = lambda info: self._emit(AdapterChanged(info))
         self._num_steps = 0
+        self._last_step_seconds = 0.0
         self._num_prompt_tokens = 0
         # No sequence is due before this Unix time; the sequence that it was taken from may have ended.
         self._next_deadline = math.inf
@@ -91,6 +92,8 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One step: take commands, let in loaded adapters and guides, pick a batch, run it, account for its tokens."""
+        self.adapters.lend_cores(self._last_step_seconds)
+        begun = time.monotonic()
         self._drain_inbox()
         self.adapters.advance(whole=not self.scheduler.is_running)
         if self.adapters.have_left:
@@ -106,6 +109,7 @@ class Engine:
             batch, logits = self._leave_out_unready(batch, result.logits)
             tokens = self.sampler.sample(logits, self.scheduler.sampling_sequences(batch))
             self._finish_step(batch, result, tokens)
+        self._last_step_seconds = time.monotonic() - begun if batch is not None else 0.0
         events, self._events = self._events, []
         return events
 

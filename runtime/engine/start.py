@@ -111,6 +111,7 @@ def make_store(
         host_bytes,
         config.adapter_cycle_seconds,
         max_copy_bytes=placement.ops.max_copy_bytes,
+        core_share=placement.ops.core_share,
     )
     layout = FactorLayout.of(placement.ops)
     store = AdapterStore(

@@ -35,6 +35,7 @@ class Ops(ABC):
     or, where the back-end `holds_scores`, the scores if those are more.
     `routed_row_multiple`: training fills each expert's rows up to a multiple of it.
     `max_copy_bytes`: most bytes of adapters that are copied between two steps, so that no step waits for long.
+    `core_share`: where steps compute on the host's cores, as much of a step's time is left to the reading of adapters.
     `lora_a_rows_first`: A is best stored as [P, R, K], of which `lora_add_` is given the transposed view.
     """
 
@@ -43,7 +44,8 @@ class Ops(ABC):
     holds_scores = True
     lora_a_rows_first = False
     routed_row_multiple = 1
-    max_copy_bytes = 16 * 2**20
+    max_copy_bytes = 64 * 2**20
+    core_share = 0.0
 
     def shares(self, counts_G: Tensor) -> list[tuple[slice, slice]]:
         """(groups, rows) of the parts that `side_by_side` gains by; all in one has rows to the end, None."""

@@ -41,7 +41,7 @@ from runtime.engine.messages import (
 from runtime.engine.process import DEFAULT_ENGINE
 from runtime.engine.sampling_params import SamplingParams
 from runtime.engine.transport import TransportError, encode, receive
-from runtime.env import child_environment
+from runtime.env import engine_environment
 from runtime.errors import GraftError, Internal, Unavailable, error_of_kind
 from runtime.server.adapter_watch import AdapterWatch
 from runtime.server.output_stream import OutputStream, ReaderBounds
@@ -81,7 +81,7 @@ class EngineClient:
         command = (sys.executable, "-m", "runtime.engine.process", str(theirs.fileno()), self._engine_class)
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                *command, pass_fds=[theirs.fileno()], env=child_environment()
+                *command, pass_fds=[theirs.fileno()], env=engine_environment()
             )
         reader, self._writer = await asyncio.open_unix_connection(sock=ours)
         self._writer.write(encode(self._config))

@@ -18,7 +18,7 @@ from runtime.adapters.folder_reader import FolderReader, FolderRules, ReadAdapte
 from runtime.adapters.host_adapter import FactorLayout, HostAdapter
 from runtime.adapters.info import AdapterInfo, AdapterState
 from runtime.adapters.page_pool import HostPages
-from runtime.adapters.reading_process import ReadingProcess
+from runtime.adapters.reading_process import ReadingProcess, folders_reader
 from runtime.adapters.replacement_experts import SpareRoom
 from runtime.env import child_environment
 from runtime.errors import GraftError, Precondition, Unavailable
@@ -133,13 +133,25 @@ def test_the_process_stands_back_as_the_environment_says(
     rules: FolderRules, mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRAFT_READING_NICENESS", "20")
-    with pytest.raises(ValueError, match="GRAFT_READING_NICENESS = '20' is not a number from 0 to 19"):
+    with pytest.raises(ValueError, match="GRAFT_READING_NICENESS = '20' is not a number from 0 to 19, nor idle"):
         ReadingProcess(rules)
     monkeypatch.setenv("GRAFT_READING_NICENESS", "17")
     reading = ReadingProcess(rules)
     try:
         reading.read("m", str(mixed), "")
         assert os.getpriority(os.PRIO_PROCESS, reading.pid or 0) == 17
+    finally:
+        reading.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux has it")
+def test_the_process_has_what_nobody_wants_where_steps_need_the_cores(rules: FolderRules, mixed: Path) -> None:
+    reading = folders_reader(rules, in_process=True, steps_need_cores=True)
+    assert isinstance(reading, ReadingProcess)
+    try:
+        reading.read("m", str(mixed), "")
+        tasks = Path(f"/proc/{reading.pid}/task").iterdir()
+        assert {os.sched_getscheduler(int(task.name)) for task in tasks} == {os.SCHED_IDLE}
     finally:
         reading.close()
 
