@@ -52,8 +52,8 @@ def child_environment() -> dict[str, str]:
 def engine_environment() -> dict[str, str]:
     """The environment of an engine's process.
 
-    On CPU a step's threads spin while one of them runs Python, by libgomp's default for much of the pause that steps make
-    for the reading of adapters; here for about a millisecond, unless this process's environment has a say in it.
+    On CPU a step's threads spin while one of them runs Python, by libgomp's default for much of the pause that steps
+    make for the reading of adapters; here for about a millisecond, unless this process's environment has a say in it.
     """
     environment = child_environment()
     if not _SPINNING & environment.keys():
