@@ -132,8 +132,11 @@ def read_steps(file: Path) -> list[tuple[float, float, float, int]]:
 
 
 def _save_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Bytes, and words without meaning up to the size of the model's vocabulary."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    """ASCII, and words without meaning up to the size of the model's vocabulary.
+
+    Each token is whole characters, so that no token is kept for the next message and gaps are those between tokens.
+    """
+    alphabet = sorted(letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter.isascii() or letter == "Ġ")
     words = ["<s>", "</s>", *alphabet]
     words += [f"Ġw{index}" for index in range(len(words), vocab_size)]
     tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))

@@ -29,7 +29,7 @@ class PerExpertFormat:
         self._names = names
         self._key = f"{block}.experts.K.{{{','.join(names)}}}"
         number = "(0|[1-9][0-9]*)"
-        self._parse = lru_cache(maxsize=2**14)(self._parse_name)  # adapters of one base have the same names
+        self._parse = lru_cache(maxsize=2**16)(self._parse_name)  # adapters of one base have the same names
         self._module = re.compile(rf"^model\.layers\.{number}\.{block}\.experts\.{number}\.({'|'.join(names)})$")
 
     def recognises(self, pair: FactorPair) -> bool:

@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 # Under traffic both happen when no adapter has come or left for so long: while some do, others can use vacant pages,
 # and giving them back and getting them again would copy all that stays each time.
 QUIET_SECONDS = 10.0
-# However many come and leave, young pools are merged after so long: steps need a product more for each.
+# While many come and leave young pools are merged after so long: steps need a product more for each. One that comes
+# breaks off the pool that is being merged; after that there is time for others before it is tried again.
 MAX_YOUNG_SECONDS = 60.0
 # If the device has no room to copy what stays, so long for the next attempt.
 RETRY_SECONDS = 10.0
@@ -53,6 +54,8 @@ class Compaction:
 
     def stop(self) -> None:
         """An adapter comes, which may use what is vacant; what has been copied of one pool is dropped."""
+        if self._pieces is not None and self._merge_at < math.inf:
+            self._merge_at = max(self._merge_at, time.monotonic() + QUIET_SECONDS)
         self._pieces = None
 
     def advance(self, *, whole: bool) -> None:

@@ -183,6 +183,10 @@ class DevicePages:
             for rank in [rank for rank, age in pools if age == YOUNG]:
                 young = pools[rank, YOUNG]
                 old = pools.get((rank, OLD))
+                if not keep_vacant and old is not None and not (old.slots or young.slots):
+                    del pools[rank, OLD], pools[rank, YOUNG]
+                    self._totals = None
+                    continue
                 if old is None:
                     pools[rank, OLD] = young
                 elif not (yield from old.merging(young, self._max_copy_bytes, keep_vacant=keep_vacant)):

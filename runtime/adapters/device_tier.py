@@ -123,7 +123,7 @@ class DeviceTier:
         return True
 
     def advance(self) -> tuple[AdapterRecord, Exception | None] | None:
-        """Copy one layer; returns the adapter that is complete now, or that could not be copied, with the reason."""
+        """Copy a piece; returns the adapter that is complete now, or that could not be copied, with the reason."""
         record, steps = self._installing[0]
         try:
             if next(steps, self) is not self:

@@ -117,7 +117,9 @@ class FolderReader:
 
     def _read_esft(self, name: str, path: Path, digest: str) -> tuple[str, HostAdapter, AdapterFacts]:
         rules = self._rules
-        weights, replaced = read_replacement(path, rules.targets, rules.spare, rules.dtype, self._allocate)
+        weights, replaced = read_replacement(
+            path, rules.targets, rules.spare, rules.dtype, self._allocate, self._checked
+        )
         _require_digest(name, digest, weights.digest)
         host = HostAdapter({}, {}, replaced=replaced)
         return weights.digest, host, facts_of(host, weights.num_bytes, ())

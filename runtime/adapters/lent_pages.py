@@ -21,12 +21,17 @@ class LentPages:
         threading.Thread(target=self._run, name="adapter-pages", daemon=True).start()
 
     def take(self, number: int, fd: int | None) -> Memory:
-        """The segment's memory, until the last tensor over it is gone; `fd`, which is closed, brings a new segment."""
+        """The segment's memory, until the last tensor over it is gone; `fd`, which is closed, brings a new segment.
+
+        Raises OSError if it cannot be mapped, or did not come.
+        """
         if fd is not None:
             try:
                 self._mapped[number] = map_memory(fd, os.fstat(fd).st_size)
             finally:
                 os.close(fd)
+        if number not in self._mapped:
+            raise OSError(f"the descriptor of segment {number} did not come: too many open files?")
         return lease(self._mapped[number], partial(self._ended.put, number))
 
     def forget(self, numbers: Sequence[int]) -> None:

@@ -20,6 +20,8 @@ from runtime.ops.cpu_threads import compute_on_one_core
 
 __all__ = ["AdapterReader", "OnRead", "ReadAdapter", "SumLimits", "as_changed", "printable"]
 
+MAX_LENT_SECONDS = 0.1
+
 OnRead = Callable[[ReadAdapter | GraftError], None]
 
 
@@ -75,11 +77,12 @@ class AdapterReader:
     def lend_cores(self, step_seconds: float) -> None:
         """Called between two steps that compute on the cores that reading needs too: leave them to it for a while.
 
-        That is a share of the step before, or until something has been read. A core that is taken from one thread of a
-        step holds up all of them, so reading beside steps would cost them the sum of what its own threads take.
+        That is a share of the step before, but not long, or until something has been read. A core that is taken from
+        one thread of a step holds up all of them, so reading beside steps would cost them the sum of what its own
+        threads take.
         """
         if self._core_share and self._num_unread:
-            self._has_read.wait(self._core_share * step_seconds)
+            self._has_read.wait(min(self._core_share * step_seconds, MAX_LENT_SECONDS))
 
     def close(self) -> None:
         """Stop the thread, after its current file if it reads that itself."""

@@ -37,15 +37,15 @@ _RETRY_SECONDS = 1.0
 logger = logging.getLogger(__name__)
 
 
-def folders_reader(rules: FolderRules, *, in_process: bool, steps_need_cores: bool = False) -> ReadsFolders:
+def folders_reader(rules: FolderRules, *, own_process: bool, steps_need_cores: bool = False) -> ReadsFolders:
     """A reader with a process of its own, as servers have it, or one that reads in the thread that asks.
 
     The process has the cores that nobody wants if steps need them too; these leave them to it at times.
     """
     reason = why_not_shared()
-    if in_process and reason:
+    if own_process and reason:
         logger.warning("adapters are read in a thread of the engine's process: %s", reason)
-    if not in_process or reason:
+    if not own_process or reason:
         return FolderReader(rules)
     return ReadingProcess(rules, None if steps_need_cores else NICENESS)
 
@@ -97,9 +97,9 @@ class ReadingProcess:
             with self._sending:
                 send(connection, ReadFolder(name, path, digest))
             answer, fd = receive(connection)
-        except (EOFError, OSError) as error:
+            return self._taken(name, answer, fd)
+        except (EOFError, OSError) as error:  # also where its memory cannot be mapped, which it would keep
             raise self._lost(name) from error
-        return self._taken(name, answer, fd)
 
     def interrupt(self) -> None:
         """From any thread: end the process; who waits for it gets Unavailable, and no other is started."""

@@ -15,6 +15,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -78,7 +79,7 @@ def _serve(connection: socket.socket, rules: FolderRules) -> None:
     gc.freeze()
     gc.disable()  # thousands of objects come and go with each file, none in a cycle
     stock = SegmentStock()
-    own_bytes = _own_bytes()
+    own_bytes, last_read = _own_bytes(), time.monotonic()
     while True:
         job, _ = receive(connection)
         if isinstance(job, Vacated):
@@ -86,12 +87,13 @@ def _serve(connection: socket.socket, rules: FolderRules) -> None:
         elif isinstance(job, ReadFolder):
             _read(connection, rules, stock, job)
             gc.collect()
+            last_read = time.monotonic()
         else:
             raise ConnectionError(f"a {type(job).__name__} is not for this process")
-        _while_idle(connection, stock, own_bytes)
+        _while_idle(connection, stock, own_bytes, last_read + IDLE_SECONDS)
 
 
-def _while_idle(connection: socket.socket, stock: SegmentStock, own_bytes: int) -> None:
+def _while_idle(connection: socket.socket, stock: SegmentStock, own_bytes: int, idle_at: float) -> None:
     """Get ready for the next file, then give memory back; ends when the engine says something or all is done."""
     if _hears(connection, PREPARE_SECONDS):
         return
@@ -99,7 +101,7 @@ def _while_idle(connection: socket.socket, stock: SegmentStock, own_bytes: int) 
         for _ in pieces:
             if _hears(connection, 0.0):
                 return
-    if not _hears(connection, IDLE_SECONDS - PREPARE_SECONDS):
+    if not _hears(connection, max(0.0, idle_at - time.monotonic())):
         stock.shrink()
         if _own_bytes() - own_bytes > MAX_READY_BYTES:
             _give_memory_back()

@@ -6,7 +6,7 @@ Shape suffixes: N experts of a layer that are replaced, H hidden, I expert width
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,15 +57,23 @@ class LayerReplacement:
 
 
 def read_replacement(
-    path: Path, targets: AdapterTargets, room: SpareRoom, dtype: torch.dtype, allocate: NewPages
+    path: Path,
+    targets: AdapterTargets,
+    room: SpareRoom,
+    dtype: torch.dtype,
+    allocate: NewPages,
+    expect: Callable[[int], None] = lambda _: None,
 ) -> tuple[ReplacementExperts, dict[int, LayerReplacement]]:
     """What an ESFT folder holds, and the same by layer, converted to `dtype`.
 
-    `allocate` gives memory for the weights, and all of it is written. Raises AdapterError with every problem: more
+    `allocate` gives memory for the weights, and all of it is written; `expect` hears before how many numbers that will
+    be. Raises AdapterError with every problem: more
     experts in a layer than there is room for, and weights that are not finite in `dtype`, among them.
     """
     max_bytes = MAX_FILE_BYTES_PER_DEVICE_BYTE * room.num_bytes + MAX_HEADER_BYTES if room.num_experts else None
     weights = load_replacement_experts(path, targets, max_bytes=max_bytes, max_experts_per_layer=room.num_experts)
+    expect(sum(3 * len(own) * targets.experts[x].hidden * targets.experts[x].intermediate
+               for x, own in weights.experts.items()))  # fmt: skip
     layers = {
         layer: _converted(experts, targets.experts[layer], room, dtype, allocate)
         for layer, experts in sorted(weights.experts.items())

@@ -11,7 +11,7 @@ import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 from runtime.adapters.shared_pages import Memory, discard, map_memory, new_memory_file, populate
@@ -34,6 +34,7 @@ class Segment:
         self.num_bytes = 0
         self.parts: list[tuple[int, Memory]] = []
         self._fd: int | None = new_memory_file()
+        self._filling: Future[None] | None = None
 
     @property
     def can_grow(self) -> bool:
@@ -55,6 +56,16 @@ class Segment:
         self.num_bytes = start + num_bytes
         return memory
 
+    def fill(self) -> None:
+        """Let a thread get its memory from the system."""
+        _, memory = self.parts[-1]
+        self._filling = _thread().submit(populate, memory, 0, len(memory))
+
+    def join(self) -> None:
+        """Map it in one piece, as whoever takes it expects; raises OSError."""
+        if self._fd is not None and len(self.parts) > 1:
+            self.parts = [(0, map_memory(self._fd, self.num_bytes))]
+
     def settle(self, num_used_bytes: int) -> int | None:
         """The descriptor with which it is lent for the first time, None if the other process knows it.
 
@@ -74,6 +85,8 @@ class Segment:
 
     def discard(self) -> None:
         """Give its memory back, also where the other process still maps it."""
+        if self._filling is not None:
+            self._filling.result()
         for _, memory in self.parts:
             discard(memory)
         self.close_file()
@@ -106,21 +119,32 @@ class SegmentStock:
             return self._vacant.pop(min(fitting, key=lambda segment: segment.num_bytes).number)
         segment = Segment(next(self._numbers))
         if num_bytes:
-            memory = segment.grow(likely_bytes)
-            _thread().submit(populate, memory, 0, len(memory))
+            try:
+                segment.grow(likely_bytes)
+            except OSError:
+                segment.close_file()
+                raise
+            segment.fill()
         return segment
 
-    def lend(self, segment: Segment, num_expected_bytes: int) -> None:
-        """The engine has it from now on; adapters of which as much is expected will take as much."""
+    def lend(self, segment: Segment, num_expected_bytes: int, num_used_bytes: int) -> None:
+        """The engine has it from now on; adapters of which as much is expected will use as much."""
         segment.close_file()
         self._lent[segment.number] = segment
-        self._last_bytes = segment.num_bytes
-        self._taken_bytes[num_expected_bytes] = segment.num_bytes
+        self._last_bytes = num_used_bytes
+        self._taken_bytes[num_expected_bytes] = num_used_bytes
         if len(self._taken_bytes) > _MAX_REMEMBERED:
             self._taken_bytes.popitem(last=False)
+        self._drop(MAX_VACANT_BYTES)
 
     def put_back(self, segment: Segment) -> None:
         """Nobody uses it."""
+        try:
+            segment.join()
+        except OSError:
+            segment.discard()
+            self.dropped.append(segment.number)
+            return
         self._vacant[segment.number] = segment
         self._drop(max(MAX_VACANT_BYTES, segment.num_bytes))
 
@@ -138,7 +162,11 @@ class SegmentStock:
         if not 0 < num_bytes <= MAX_READY_BYTES or any(segment.fits(num_bytes) for segment in self._vacant.values()):
             return
         segment = Segment(next(self._numbers))
-        memory = segment.grow(num_bytes)
+        try:
+            memory = segment.grow(num_bytes)
+        except OSError:  # the next file will say so, if it is still so
+            segment.close_file()
+            return
         try:
             for start in range(0, num_bytes, _PREPARED_BYTES):
                 populate(memory, start, _PREPARED_BYTES)

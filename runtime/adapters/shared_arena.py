@@ -75,11 +75,11 @@ class SharedArena:
 
     def lent(self) -> None:
         """The engine has it."""
-        self._stock.lend(self._current(), self._num_expected_bytes)
+        self._stock.lend(self._current(), self._num_expected_bytes, self._num_bytes)
         self._segment = None
 
     def _fitting_offset(self, segment: Segment, num_bytes: int) -> int | None:
-        """Where the next tensor fits into the last mapping; None if it does not."""
+        """Where the next tensor fits into what there is, whose last mapping is the only one with room; None if not."""
         offset = -(-self._num_bytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
         return offset if offset + num_bytes <= segment.num_bytes else None
 

@@ -79,7 +79,7 @@ class AdapterStore:
         self.have_left = False  # an adapter left the device, or has to: sequences may have to wait for it again
         max_file_bytes = MAX_FILE_BYTES_PER_DEVICE_BYTE * limits.max_device_bytes
         rules = FolderRules(targets, limits.max_lora_rank, max_file_bytes, dtype, layout, self.pages.spare.room)
-        folders = folders_reader(rules, in_process=reading_process, steps_need_cores=limits.core_share > 0)
+        folders = folders_reader(rules, own_process=reading_process, steps_need_cores=limits.core_share > 0)
         sum_limits = SumLimits(limits.max_joined_rank, limits.max_device_bytes)
         reader = AdapterReader(folders, sum_limits, wake, limits.core_share)
         tier = DeviceTier(self.pages, limits.max_device_bytes, limits.cycle_seconds, self._moved)

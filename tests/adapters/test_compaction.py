@@ -191,7 +191,7 @@ def test_while_adapters_come_and_go_pages_are_merged_in_time_and_vacant_ones_kep
         store.unload("comes and goes")
         store.replies.clear()
         now[0] += compaction.QUIET_SECONDS / 2
-        for _ in range(200):
+        for _ in range(1000):
             store.store.advance(whole=False)
         were_young.append(pages.has_young)
         assert pages.vacant_bytes == size
@@ -201,3 +201,21 @@ def test_while_adapters_come_and_go_pages_are_merged_in_time_and_vacant_ones_kep
 
 def _is_one_of(tensor: torch.Tensor, tensors: list[torch.Tensor]) -> bool:
     return any(tensor is other for other in tensors)
+
+
+def test_a_merge_that_an_adapter_breaks_off_leaves_time_for_others_before_it_is_tried_again(
+    make: MakeStore, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(compaction.time, "monotonic", lambda: now[0])
+    store = make(max_copy_bytes=20_000)
+    for name in ("one", "two", "three"):
+        store.load(name, files[name])
+    _load_in_traffic(store, "four", files["one"])
+    for _ in range(int(compaction.MAX_YOUNG_SECONDS)):
+        now[0] += 1.0
+        store.store.memory.device.compaction.note()
+    store.store.advance(whole=False)
+    assert store.store.memory.has_work and store.store.pages.has_young
+    _load_in_traffic(store, "five", files["one"])
+    assert store.store.next_due == now[0] + compaction.QUIET_SECONDS and not store.store.memory.has_work

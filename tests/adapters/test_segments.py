@@ -91,6 +91,47 @@ def test_a_refused_adapter_leaves_its_segment_for_the_next_one(stock: SegmentSto
     assert stock.num_vacant_bytes == 0
 
 
+def test_a_segment_that_grew_for_a_refused_adapter_serves_the_next_one(stock: SegmentStock) -> None:
+    with pytest.raises(RuntimeError), SharedArena(stock) as arena:
+        arena.expect(MIB)
+        for _ in range(3):
+            arena.new_pages((MIB // 2,), torch.uint8)
+        raise RuntimeError("refused")
+    assert stock.num_vacant_bytes == MIB * 3 // 2
+    with SharedArena(stock) as arena:
+        arena.expect(MIB * 3 // 2)
+        page = arena.new_pages((MIB * 3 // 2,), torch.uint8).fill_(9)
+        place = arena.place(page)
+        _, fd = arena.lend()
+        assert fd is not None
+        assert tensor_over(map_memory(fd, os.fstat(fd).st_size), place.shape, place.offset, torch.uint8).eq(9).all()
+        arena.lent()
+    assert stock.num_vacant_bytes == 0
+
+
+def test_adapters_of_one_size_do_not_get_larger_and_larger_segments(stock: SegmentStock) -> None:
+    sizes = [MIB * 100 // 100, MIB * 112 // 100, MIB * 124 // 100]
+    large = [_lent(stock, size) for size in reversed(sizes)]
+    stock.vacate([large[1]])
+    assert _lent(stock, sizes[0]) == large[1]  # 12 % more than it needs
+    stock.vacate([large[0]])
+    assert _lent(stock, sizes[0]) not in large
+
+
+def test_memory_that_cannot_be_had_leaves_no_descriptor(stock: SegmentStock, monkeypatch: pytest.MonkeyPatch) -> None:
+    _lent(stock, MIB)
+    before = os.listdir("/proc/self/fd")
+
+    def no_memory(*_: object) -> None:
+        raise OSError(12, "no memory")
+
+    monkeypatch.setattr(segments, "map_memory", no_memory)
+    with pytest.raises(OSError, match="no memory"), SharedArena(stock) as arena:
+        arena.expect(MIB)
+    assert _exhausted(stock.preparing()) == 0
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
 def test_vacant_memory_is_bounded_and_what_goes_is_given_back_at_once(
     stock: SegmentStock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +207,7 @@ def test_a_lent_segment_comes_back_once_and_is_mapped_until_it_is_forgotten(stoc
     assert again.tolist() == [5] * 10
     lent.forget([number])
     assert again.tolist() == [5] * 10
-    with pytest.raises(KeyError):
+    with pytest.raises(OSError, match=f"segment {number} did not come"):
         lent.take(number, None)
     lent.close()
 
