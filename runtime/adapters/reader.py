@@ -20,7 +20,7 @@ from runtime.ops.cpu_threads import compute_on_one_core
 
 __all__ = ["AdapterReader", "OnRead", "ReadAdapter", "SumLimits", "as_changed", "printable"]
 
-MAX_LENT_SECONDS = 0.1
+MAX_LENT_SECONDS = 0.02
 
 OnRead = Callable[[ReadAdapter | GraftError], None]
 

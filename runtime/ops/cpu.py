@@ -38,7 +38,7 @@ class CpuOps(Ops):
     """Grouped products chosen by the number of rows per group."""
 
     routed_row_multiple = WHOLE_GROUP_ROWS
-    core_share = 0.2
+    core_share = 0.24
 
     def shares(self, counts_G: Tensor) -> list[tuple[slice, slice]]:
         """See `Ops.shares`: one for each core, once there are many rows."""

@@ -75,7 +75,7 @@ def test_nothing_is_lent_while_nothing_is_read(reader: AdapterReader, folders: F
 
 def test_a_share_of_the_step_before_is_lent_while_a_folder_is_read(reader: AdapterReader) -> None:
     _start(reader)
-    assert 0.05 <= _lent_seconds(reader, 0.05 / SHARE) < 1
+    assert 0.01 <= _lent_seconds(reader, 0.01 / SHARE) < 1
     assert _lent_seconds(reader, 0.0) < 1
 
 
@@ -90,7 +90,7 @@ def test_the_cores_come_back_as_soon_as_something_has_been_read(
 
 def test_a_long_step_lends_them_for_a_short_time(reader: AdapterReader) -> None:
     _start(reader)
-    assert 0.1 <= _lent_seconds(reader, 1000.0) < 1
+    assert 0.02 <= _lent_seconds(reader, 1000.0) < 1
 
 
 def test_a_second_folder_is_waited_for_when_the_first_has_been_read(reader: AdapterReader, folders: Folders) -> None:
@@ -101,7 +101,7 @@ def test_a_second_folder_is_waited_for_when_the_first_has_been_read(reader: Adap
         time.sleep(0.01)
     assert _lent_seconds(reader, 1000.0) < 10
     reader.deliver()
-    assert _lent_seconds(reader, 0.05 / SHARE) >= 0.05
+    assert _lent_seconds(reader, 0.01 / SHARE) >= 0.01
 
 
 def test_only_steps_that_compute_on_the_cores_lend_them() -> None:
