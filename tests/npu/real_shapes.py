@@ -60,6 +60,8 @@ def meta_pages(config: DeepseekConfig, adapter: HostAdapter, num_adapters: int) 
     for slot in range(num_adapters):
         for _ in pages.install(slot, adapter):
             pass
+    for _ in pages.compact():  # as they lie when no adapter has come for a while
+        pass
     return pages
 
 
