@@ -68,7 +68,7 @@ class Device:
         replies: list[AdapterInfo | GraftError] = []
         self.store.load(LoadAdapter(CallId(0), name, str(folder)), replies.append)
         while not replies:
-            if not self._woken.wait(WAIT_SECONDS):
+            if not self.store.has_work and not self._woken.wait(WAIT_SECONDS):
                 raise TimeoutError(f"adapter {name} was not loaded")
             self._woken.clear()
             self.store.advance(whole=True)
