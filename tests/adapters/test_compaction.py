@@ -19,6 +19,14 @@ from tests.oracle.driver import driven_engine
 from tests.oracle.shapes import V3, Shape
 
 
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The monotonic clock, which stands still until a test moves it."""
+    clock = [1000.0]
+    monkeypatch.setattr(compaction.time, "monotonic", lambda: clock[0])
+    return clock
+
+
 def _tensors(store: AdapterStore) -> list[torch.Tensor]:
     groups = [*store.pages.linears.values(), *store.pages.experts.values()]
     return [tensor for pools in groups for pool in pools.values() for tensor in pool.factors.values()]
@@ -59,10 +67,8 @@ def test_replacing_an_adapter_again_and_again_in_traffic_allocates_nothing_after
 
 
 def test_in_traffic_vacant_pages_wait_for_others_and_then_go_piece_by_piece(
-    make: MakeStore, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    make: MakeStore, files: dict[str, Path], now: list[float]
 ) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(compaction.time, "monotonic", lambda: now[0])
     store = make(max_copy_bytes=20_000)
     for name in ("one", "two", "three"):
         store.load(name, files[name])
@@ -84,10 +90,8 @@ def test_in_traffic_vacant_pages_wait_for_others_and_then_go_piece_by_piece(
 
 
 def test_a_device_without_room_for_compaction_keeps_the_pages_and_tries_again_later(
-    make: MakeStore, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    make: MakeStore, files: dict[str, Path], now: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(compaction.time, "monotonic", lambda: now[0])
     store = make()
     for name in ("one", "two"):
         store.load(name, files[name])
@@ -151,10 +155,8 @@ def test_an_engine_whose_last_request_ends_a_drain_gives_the_memory_back(
 
 
 def test_a_newcomer_copies_its_own_pages_and_not_those_of_all_others(
-    make: MakeStore, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    make: MakeStore, files: dict[str, Path], now: list[float]
 ) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(compaction.time, "monotonic", lambda: now[0])
     store = make()
     for name in ("one", "two", "three"):
         store.load(name, files[name])
@@ -175,10 +177,8 @@ def test_a_newcomer_copies_its_own_pages_and_not_those_of_all_others(
 
 
 def test_while_adapters_come_and_go_pages_are_merged_in_time_and_vacant_ones_kept(
-    make: MakeStore, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    make: MakeStore, files: dict[str, Path], now: list[float]
 ) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(compaction.time, "monotonic", lambda: now[0])
     store = make(max_copy_bytes=20_000)
     for name in ("one", "two", "three"):
         store.load(name, files[name])
@@ -204,10 +204,8 @@ def _is_one_of(tensor: torch.Tensor, tensors: list[torch.Tensor]) -> bool:
 
 
 def test_a_merge_that_an_adapter_breaks_off_leaves_time_for_others_before_it_is_tried_again(
-    make: MakeStore, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    make: MakeStore, files: dict[str, Path], now: list[float]
 ) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(compaction.time, "monotonic", lambda: now[0])
     store = make(max_copy_bytes=20_000)
     for name in ("one", "two", "three"):
         store.load(name, files[name])
