@@ -1,10 +1,13 @@
 """Inter-token latency of 16 running requests while adapters are loaded, replaced or unloaded, one every second.
 
-    python -m benchmarks.steps_while_loading [--tiny] [--segments N] [--seconds S] [--models DIR] [--results DIR]
+    python -m benchmarks.steps_while_loading [--tiny] [--rounds N] [--seconds S] [--models DIR] [--results DIR]
 
-A real server, the bench model, adapters of 66 MB. Segments without (A) and with operations (B) alternate in one run, in
-the order A B B A. Each begins with 16 new streams over six adapters; nothing counts before each of them has had its
-eighth token. Gaps are those between messages at the client, which is this process, and between steps in the engine.
+A real server, the bench model, adapters of 66 MB. A round begins with 16 new streams over six adapters, and while they
+go on, segments without (A) and with operations (B) follow each other: A B A B in one round, B A B A in the next. As
+contexts grow, so do steps; over two rounds that is the same for A and B, and ratios are told by the place in the round
+too. What does not count: the time before each stream has had its eighth token; the first operations of a segment, so
+that as many are under way at its beginning as at its end; and the time that the last ones take beyond it. Gaps are
+those between messages at the client, which is this process, and between steps in the engine.
 
 A second that is a multiple of three loads one of three adapters, the next second replaces the one that was loaded three
 seconds before that, and the next one unloads the one that was replaced before. So an operation begins every second
@@ -38,7 +41,9 @@ NUM_WARM_TOKENS = 8
 NUM_PROMPT_CHARACTERS = 32
 MAX_TOKENS = 4000
 ASKED_MEDIAN_RATIO, ASKED_P99_RATIO = 1.05, 1.25
+LEAD_SECONDS = 1.5  # of operations before a segment with them counts, which begins between two
 SETTLE_SECONDS = 0.5  # an operation's work may go on after its answer
+ORDERS = ((False, True, False, True), (True, False, True, False))  # of segments with operations in a round
 OPERATIONS = ("load", "replace", "unload")
 NUM_CHANGING = len(OPERATIONS)
 
@@ -70,7 +75,8 @@ class Changes:
         begun = time.monotonic()
         async with self._locks[index]:
             await asyncio.to_thread(self._operate, kind, index)
-        segment.operations.append(Operation(kind, begun, time.monotonic()))
+        if begun >= segment.begun:
+            segment.operations.append(Operation(kind, begun, time.monotonic()))
 
     def _index(self, turn: int) -> int:
         return turn // len(OPERATIONS) % NUM_CHANGING
@@ -95,6 +101,11 @@ class Segment:
     gaps: list[tuple[float, float]] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
 
+    def take_gaps(self, moments: Sequence[float]) -> None:
+        """Those of one stream, whose messages came at these moments, that lie in the span."""
+        pairs = itertools.pairwise(moment for moment in moments if self.begun <= moment <= self.ended)
+        self.gaps += [(later, later - earlier) for earlier, later in pairs]
+
 
 def main() -> None:
     """Command line: see the module's text."""
@@ -103,7 +114,7 @@ def main() -> None:
     with serving(models, "--max-new-tokens", str(MAX_TOKENS), niceness=arguments.niceness) as served:
         for index in range(NUM_USED_ADAPTERS):
             served.load(f"used-{index}", adapter_dir(models, index, "per-expert"))
-        segments = asyncio.run(_measure(served, arguments.segments, arguments.seconds))
+        segments = asyncio.run(_measure(served, arguments.rounds, arguments.seconds))
         time.sleep(SETTLE_SECONDS)
         steps_file = served.steps_file
         served.stop()
@@ -120,53 +131,70 @@ def main() -> None:
     stem.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
 
 
-async def _measure(served: Served, num_segments: int, seconds: float) -> list[Segment]:
-    segments = []
+async def _measure(served: Served, num_rounds: int, seconds: float) -> list[Segment]:
+    segments: list[Segment] = []
     changes = Changes(served)
     async with grpc.aio.insecure_channel(served.address) as channel:
-        for number in range(num_segments):
-            segment = Segment(is_loading=number % 4 in (1, 2))
-            await _run(segment, channel, served, changes, seconds)
-            segments.append(segment)
-            print(f"segment {number + 1} of {num_segments}: {len(segment.gaps)} gaps", flush=True)
+        for number in range(num_rounds):
+            order = ORDERS[number % len(ORDERS)]
+            segments += await _round(channel, served, changes, [Segment(is_loading) for is_loading in order], seconds)
+            print(f"round {number + 1} of {num_rounds}", flush=True)
     return segments
 
 
-async def _run(
-    segment: Segment, channel: grpc.aio.Channel, served: Served, changes: Changes, seconds: float
-) -> None:
-    """One segment: streams, and operations if it has any, whose last ones belong to it."""
+async def _round(
+    channel: grpc.aio.Channel, served: Served, changes: Changes, segments: list[Segment], seconds: float
+) -> list[Segment]:
+    """The segments one after the other while the same streams go on."""
     warm = asyncio.Semaphore(0)
-    streams = [asyncio.create_task(_stream(segment, channel, index, warm)) for index in range(NUM_STREAMS)]
+    moments: list[list[float]] = [[] for _ in range(NUM_STREAMS)]
+    streams = [asyncio.create_task(_stream(own, channel, index, warm)) for index, own in enumerate(moments)]
     for _ in streams:
         await asyncio.wait_for(warm.acquire(), 120)
-    segment.begun = time.monotonic()
-    under_way = []
-    for second in range(int(seconds)):
-        if segment.is_loading:
-            under_way.append(asyncio.create_task(changes.next(segment)))
-        await asyncio.sleep(max(0.0, segment.begun + second + 1 - time.monotonic()))
-    await asyncio.gather(*under_way)
-    segment.ended = time.monotonic()
+    for segment in segments:
+        await _run(segment, changes, seconds)
+    if any(stream.done() for stream in streams):
+        raise RuntimeError(f"a stream ended before its {MAX_TOKENS} tokens, or had them before the round was over")
     for stream in streams:
         stream.cancel()
     for stream in streams:
         with suppress(asyncio.CancelledError):
             await stream
+    for segment in segments:
+        for own in moments:
+            segment.take_gaps(own)
     await asyncio.to_thread(served.wait_idle)
+    return segments
 
 
-async def _stream(segment: Segment, channel: grpc.aio.Channel, index: int, warm: asyncio.Semaphore) -> None:
-    """Read one stream until it is cancelled; its gaps count while the segment lasts."""
+async def _run(segment: Segment, changes: Changes, seconds: float) -> None:
+    """One segment; returns when its operations and their work are done."""
+    if not segment.is_loading:
+        segment.begun = time.monotonic()
+        await asyncio.sleep(seconds)
+        segment.ended = time.monotonic()
+        return
+    first = time.monotonic()
+    segment.begun = first + LEAD_SECONDS
+    segment.ended = segment.begun + seconds
+    under_way = []
+    for second in itertools.count(1):
+        under_way.append(asyncio.create_task(changes.next(segment)))
+        if first + second > segment.ended:
+            break
+        await asyncio.sleep(max(0.0, first + second - time.monotonic()))
+    await asyncio.gather(*under_way)
+    await asyncio.sleep(SETTLE_SECONDS)
+
+
+async def _stream(moments: list[float], channel: grpc.aio.Channel, index: int, warm: asyncio.Semaphore) -> None:
+    """Read one stream until it is cancelled, and note when its messages come."""
     prompt = "".join(chr(97 + (7 * index + 3 * position) % 26) for position in range(NUM_PROMPT_CHARACTERS))
     stub: Any = GenerationServiceStub(channel)
     request = stream_request(f"used-{index % NUM_USED_ADAPTERS}", prompt, MAX_TOKENS)
-    last, is_warm = 0.0, False
+    is_warm = False
     async for response in stub.GenerateStream(request):
-        now = time.monotonic()
-        if segment.begun and last > segment.begun and (not segment.ended or now <= segment.ended):
-            segment.gaps.append((now, now - last))
-        last = now
+        moments.append(time.monotonic())
         if not is_warm and response.generated_token_count >= NUM_WARM_TOKENS:
             is_warm = True
             warm.release()
@@ -174,25 +202,38 @@ async def _stream(segment: Segment, channel: grpc.aio.Channel, index: int, warm:
 
 def summarise(segments: Sequence[Segment], steps: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Medians and 99th percentiles with and without operations, their ratios, and what each kind of operation does."""
-    places: dict[str, dict[str, Any]] = {}
-    for place in ("client", "engine"):
+    report: dict[str, Any] = {}
+    for end in ("client", "engine"):
         gaps = {
             is_loading: [
                 gap
                 for segment in segments
                 if segment.is_loading is is_loading
-                for _, gap in (segment.gaps if place == "client" else _step_gaps(segment, steps))
+                for _, gap in (segment.gaps if end == "client" else _step_gaps(segment, steps))
             ]
             for is_loading in (False, True)
         }
-        without, during = (distribution(gaps[is_loading]) for is_loading in (False, True))
-        places[place] = {
-            "without": without,
-            "with": during,
-            "median_ratio": during["median_ms"] / without["median_ms"],
-            "p99_ratio": during["p99_ms"] / without["p99_ms"],
-        }
-    return places | {"operations": {kind: _about(kind, segments, steps) for kind in OPERATIONS}}
+        report[end] = _compared(gaps[False], gaps[True])
+    report["places"] = by_place(segments)
+    return report | {"operations": {kind: _about(kind, segments, steps) for kind in OPERATIONS}}
+
+
+def _compared(without: Sequence[float], during: Sequence[float]) -> dict[str, Any]:
+    found = {"without": distribution(without), "with": distribution(during)}
+    ratios = {f"{key}_ratio": found["with"][f"{key}_ms"] / found["without"][f"{key}_ms"] for key in ("median", "p99")}
+    return found | ratios
+
+
+def by_place(segments: Sequence[Segment]) -> list[dict[str, Any]]:
+    """The client's gaps compared for each place in a round that segments of both kinds have had."""
+    found = []
+    for place in range(len(ORDERS[0])):
+        gaps: dict[bool, list[float]] = {False: [], True: []}
+        for segment in segments[place :: len(ORDERS[0])]:
+            gaps[segment.is_loading] += [gap for _, gap in segment.gaps]
+        if gaps[False] and gaps[True]:
+            found.append(_compared(gaps[False], gaps[True]))
+    return found
 
 
 def _step_gaps(segment: Segment, steps: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
@@ -243,6 +284,9 @@ def as_text(report: dict[str, Any]) -> str:
         median, p99 = report[place]["median_ratio"], report[place]["p99_ratio"]
         asked = f"asked <= {ASKED_MEDIAN_RATIO} and <= {ASKED_P99_RATIO}"
         lines.append(f"  {place}: median {median:.3f}x, p99 {p99:.3f}x   {asked}")
+    for key in ("median", "p99"):
+        told = ", ".join(f"{place[f'{key}_ratio']:.3f}x" for place in report["places"])
+        lines.append(f"  client, {key} at the same place of a round, first to last: {told}")
     lines += ["", "  steps from the beginning of an operation to half a second after its end:"]
     for kind, about in report["operations"].items():
         if about["steps"]:
@@ -262,10 +306,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--tiny", action="store_true", help="a small float32 model, to try the script")
-    parser.add_argument("--segments", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=25.0, help="of one segment")
+    parser.add_argument("--rounds", type=int, default=8, help="of four segments; an even number")
+    parser.add_argument("--seconds", type=int, default=6, help="of one segment that count")
     parser.add_argument("--niceness", default="", help="of the process that reads adapters: 0 to 19, or idle")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.rounds % len(ORDERS):
+        parser.error("--rounds must be even: only then both kinds of segments come as late")
+    return arguments
 
 
 if __name__ == "__main__":

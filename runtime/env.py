@@ -61,6 +61,11 @@ def engine_environment() -> dict[str, str]:
     return environment
 
 
+def places_openmp_threads() -> bool:
+    """Whether the environment says on which cores OpenMP's threads run."""
+    return bool(_PLACING & os.environ.keys())
+
+
 def allows_mla_prolog() -> bool:
     """Whether an Ascend device may run MLA's projections as one operator: yes, unless GRAFT_NPU_MLA_PROLOG is 0.
 
@@ -130,6 +135,7 @@ def cann_homes() -> list[str]:
     return [os.environ[name] for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH") if os.environ.get(name)]
 
 
+_PLACING = {"GOMP_CPU_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND"}
 _SPINNING = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
 _DEVICE_PREFIXES = ("ASCEND_", "ATB_", "CUDA_", "GLOO_", "GOMP_", "GRAFT_", "HCCL_", "KMP_", "MKL_", "NCCL_", "NPU_",
                     "NVIDIA_", "OMP_", "PYTORCH_", "TORCH_")  # fmt: skip

@@ -41,7 +41,7 @@ from runtime.errors import GraftError
 
 # Memory of one file is kept for the next one, since getting it from the system takes a third of a load's time; after so
 # long without a file what is beyond a bound is given back.
-IDLE_SECONDS = 2.0
+IDLE_SECONDS = 30.0
 # A segment is made ready for the next file when none has come for so long.
 PREPARE_SECONDS = 0.2
 _LEAST = 19

@@ -57,6 +57,7 @@ class Engine:
         self.adapters = parts.adapters
         self.guides = parts.guides
         self.sampler = parts.sampler
+        self._cores = parts.cores
         self._events: list[Event] = []
         self._adapter_calls = AdapterCalls(parts.adapters, self._emit)
         parts.adapters.on_change = lambda info: self._emit(AdapterChanged(info))
@@ -104,7 +105,8 @@ class Engine:
         self._end_overdue()
         batch = self.scheduler.schedule()
         if batch is not None:
-            result = self.runner.run(batch)
+            with self._cores:
+                result = self.runner.run(batch)
             self.guides.settle()
             batch, logits = self._leave_out_unready(batch, result.logits)
             tokens = self.sampler.sample(logits, self.scheduler.sampling_sequences(batch))

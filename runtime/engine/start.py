@@ -24,6 +24,7 @@ from runtime.models.deepseek.config import DeepseekConfig
 from runtime.models.deepseek.model import DeepseekModel, load_model
 from runtime.ops.base import make_ops
 from runtime.ops.platform import open_device, resolve_dtype
+from runtime.ops.step_cores import StepCores, keep_cores
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class EngineParts:
     adapters: AdapterStore
     guides: GuideStore
     sampler: Sampler
+    cores: StepCores
 
 
 def start(
@@ -61,6 +63,7 @@ def start(
     scheduler_limits = SchedulerLimits(config.max_batch_tokens, config.max_batch_size, max_model_len, eos)
     scheduler = Scheduler(scheduler_limits, BlockPool(num_blocks, config.kv_block_tokens))
     runner.run(Batch([Chunk(RequestId(0), [0], 0, [0], BASE_SLOT, samples=True)]))
+    cores = keep_cores() if config.reading_process and ops.core_share else StepCores()
     guides = GuideStore(
         make_setup(
             str(config.model_path / "tokenizer.json"),
@@ -81,7 +84,7 @@ def start(
         dtype=str(dtype).removeprefix("torch."),
         adapter_host_bytes_limit=adapter_bytes.host,
     )
-    return EngineParts(ready, scheduler, runner, adapters, guides, Sampler(eos))
+    return EngineParts(ready, scheduler, runner, adapters, guides, Sampler(eos), cores)
 
 
 @dataclass(frozen=True)

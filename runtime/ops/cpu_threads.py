@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -19,6 +20,8 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+
+START_SECONDS = 60.0
 
 
 def num_threads() -> int:
@@ -32,6 +35,21 @@ def side_by_side(tasks: Sequence[Callable[[], T]]) -> list[T]:
         return [task() for task in tasks]
     pool = _pool(os.getpid(), num_threads())
     return [done.result() for done in [pool.submit(_without_gradients, task) for task in tasks]]
+
+
+def in_each_thread(run: Callable[[int], object]) -> None:
+    """Call `run` in each thread that computes shares, with 0, 1 and so on; those that are not there are started."""
+    count = num_threads()
+    if count == 1:
+        return
+    all_there = threading.Barrier(count, timeout=START_SECONDS)
+
+    def task(number: int) -> None:
+        all_there.wait()
+        run(number)
+
+    for done in [_pool(os.getpid(), count).submit(task, number) for number in range(count)]:
+        done.result()
 
 
 def equal_shares(counts: Sequence[int], num_shares: int) -> list[tuple[slice, slice]]:
@@ -69,11 +87,21 @@ def compute_on_one_core() -> None:
 
 
 @lru_cache(maxsize=1)
+def openmp() -> ctypes.CDLL | None:
+    """The OpenMP runtime that PyTorch brings along, if it is GNU's."""
+    return _library("libgomp*.so*")
+
+
+@lru_cache(maxsize=1)
 def _thread_count_setters() -> tuple[Callable[[int], object], ...]:
     """Functions that set how many cores the calling thread's operations take: OpenMP's, and MKL's if it is there."""
-    folder = Path(torch.__file__).parent / "lib"
-    if not any(folder.glob("libgomp*.so*")):
+    if openmp() is None:
         return ()
-    names = (("libgomp*.so*", "omp_set_num_threads"), ("libtorch_cpu.so", "MKL_Set_Num_Threads_Local"))
-    libraries = [(ctypes.CDLL(str(path)), name) for pattern, name in names for path in sorted(folder.glob(pattern))[:1]]
-    return tuple(getattr(library, name) for library, name in libraries if hasattr(library, name))
+    named = ((openmp(), "omp_set_num_threads"), (_library("libtorch_cpu.so"), "MKL_Set_Num_Threads_Local"))
+    return tuple(getattr(library, name) for library, name in named if library and hasattr(library, name))
+
+
+def _library(pattern: str) -> ctypes.CDLL | None:
+    """One of PyTorch's own."""
+    paths = sorted((Path(torch.__file__).parent / "lib").glob(pattern))
+    return ctypes.CDLL(str(paths[0])) if paths else None

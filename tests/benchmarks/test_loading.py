@@ -33,6 +33,29 @@ def test_ratios_compare_segments_with_and_without_operations_at_both_ends() -> N
     assert "client: median 2.000x, p99 2.000x" in steps_while_loading.as_text(report)
 
 
+def test_a_segment_has_the_gaps_that_lie_in_it_and_both_kinds_lie_as_late_in_their_rounds() -> None:
+    segment = Segment(True, 10.0, 20.0)
+    segment.take_gaps([8.0, 9.0, 11.0, 12.5, 20.0, 21.0])
+    segment.take_gaps([1.0, 15.0])
+    assert segment.gaps == [(12.5, 1.5), (20.0, 7.5)]
+    places: dict[bool, list[int]] = {False: [], True: []}
+    for order in steps_while_loading.ORDERS:
+        for place, is_loading in enumerate(order):
+            places[is_loading].append(place)
+    assert sorted(places[False]) == sorted(places[True])
+
+
+def test_ratios_are_told_by_the_place_in_a_round_where_both_kinds_were_there() -> None:
+    segments = [
+        Segment(is_loading, gaps=[(0.0, (1 + is_loading) * (place + 1))])
+        for order in steps_while_loading.ORDERS
+        for place, is_loading in enumerate(order)
+    ]
+    places = steps_while_loading.by_place([*segments, Segment(False, gaps=[(0.0, 4.0)])])
+    assert [place["median_ratio"] for place in places] == pytest.approx([2 / 2.5, 2, 2, 2])
+    assert steps_while_loading.by_place(segments[:4]) == []
+
+
 @pytest.mark.parametrize(("cold_seconds", "is_met"), [(0.4, True), (0.5, False)])
 def test_the_bound_of_a_cold_adapter_is_one_and_a_half_plain_readings_and_a_step(
     cold_seconds: float, is_met: bool
