@@ -306,7 +306,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--tiny", action="store_true", help="a small float32 model, to try the script")
-    parser.add_argument("--rounds", type=int, default=8, help="of four segments; an even number")
+    parser.add_argument("--rounds", type=int, default=12, help="of four segments; an even number")
     parser.add_argument("--seconds", type=int, default=6, help="of one segment that count")
     parser.add_argument("--niceness", default="", help="of the process that reads adapters: 0 to 19, or idle")
     arguments = parser.parse_args()

@@ -20,7 +20,7 @@ from runtime.ops.cpu_threads import compute_on_one_core
 
 __all__ = ["AdapterReader", "OnRead", "ReadAdapter", "SumLimits", "as_changed", "printable"]
 
-# A folder of 66 MB takes two cores for 40 ms: two pauses of steps of 80 ms.
+# A long step lends cores for no longer than one of 0.1 s does; a folder of 66 MB takes two of them for 40 ms.
 MAX_LENT_SECONDS = 0.025
 
 OnRead = Callable[[ReadAdapter | GraftError], None]
